@@ -1,0 +1,1 @@
+"""Content-addressed storage: CIDs, UnixFS, blocks on disk, manifests, pins. Knows no network and no clock."""

@@ -1,0 +1,1 @@
+"""Starts things: the embedded mesh, its broker and its credentials."""

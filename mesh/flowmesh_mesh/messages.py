@@ -1,0 +1,375 @@
+"""Every message of the wire: frozen, typed, versioned by its tag, msgpack arrays.
+
+A message of a version that this build does not know is refused with its tag in the error. Fields are only ever
+added at the end, with defaults; anything else is a new tag.
+Submissions, questions and the events of runs also exist as JSON, so that any NATS client can take part:
+whoever speaks JSON is answered in JSON (docs/protocol.md).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import msgspec
+from flowmesh_cas.errors import UsageError
+
+from flowmesh_mesh.manifest import Metered, Ref
+
+INLINE_MAX_BYTES = 512 * 1024
+"""Largest workflow with its inputs that travels inside the submission; larger ones are put first."""
+
+PARAMETER_MAX_BYTES = 1024 * 1024
+"""Largest parameter value; bigger data belongs into an input."""
+
+
+class Reason(StrEnum):
+    """Why a run or an operator ended; every end has one, and an actor."""
+
+    SUCCEEDED = "succeeded"
+    USER_ERROR = "user-error"
+    OOM = "oom"
+    CRASHED = "crashed"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    NODE_LOST = "node-lost"
+    LEASE_EXPIRED = "lease-expired"
+    INPUT_MISSING = "input-missing"
+    MODEL_MISSING = "model-missing"
+    UPSTREAM_FAILED = "upstream-failed"
+    UNSATISFIABLE = "unsatisfiable"
+    REJECTED = "rejected"
+    POISON = "poison"
+    BUDGET = "budget"
+    INTERNAL = "internal"
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all messages."""
+
+
+# --- tenants ---------------------------------------------------------------------------------------------------------
+
+
+class Submit(_Message, tag="submit/1"):
+    """A workflow to run. ``run`` is chosen by the client and makes the submission idempotent.
+
+    ``manifest`` is the CID of the compiled workflow; ``blocks`` carries it and small inputs inline (at most
+    INLINE_MAX_BYTES); everything else the client has put before.
+    """
+
+    run: str
+    manifest: bytes
+    blocks: tuple[bytes, ...] = ()
+
+
+class Cancel(_Message, tag="cancel/1"):
+    """End a run."""
+
+    run: str
+    actor: str = ""
+
+
+class Ask(_Message, tag="ask/1"):
+    """A question to the leader: status, runs, run, operators, lineage, why a run ended ... (docs/protocol.md)."""
+
+    what: str
+    args: dict[str, Any] = {}
+
+
+class Answer(_Message, tag="answer/1"):
+    """Answer to an Ask, a Put or a Cancel; ``error`` is empty when it went well."""
+
+    body: Any = None
+    error: str = ""
+    hint: str = ""
+    kind: str = ""
+
+
+class Put(_Message, tag="put/1"):
+    """Blocks to be held by the mesh. ``root`` with ``last`` pins the DAG; the answer lists CIDs still missing."""
+
+    blocks: tuple[bytes, ...]
+    codecs: tuple[int, ...]
+    root: bytes = b""
+    last: bool = False
+
+
+class Get(_Message, tag="get/1"):
+    """Ask for the DAG under ``root``, in the order of its depth-first walk, from block number ``cursor`` on."""
+
+    root: bytes
+    cursor: int = 0
+
+
+class Blocks(_Message, tag="blocks/1"):
+    """Blocks in answer to Get or BlockAsk; ``codecs`` tells how to name each; ``cursor`` is the next one, -1 at the end.
+
+    A block that the holder lacks stands as None.
+    """
+
+    blocks: tuple[bytes | None, ...]
+    codecs: tuple[int, ...] = ()
+    cursor: int = -1
+    error: str = ""
+
+
+class RunEvent(_Message, tag="run-event/1"):
+    """What happened to a run, for whoever watches. ``seq`` counts up by one per run; a gap means: ask again.
+
+    ``kind``: received, rejected, accepted, operators, log, cancelling, ended. ``body`` is plain data; for ``operators`` it is
+    {"changes": [[index, state, node, reason, shared], ...], "counts": {...}}.
+    """
+
+    run: str
+    seq: int
+    at_us: int
+    kind: str
+    body: dict[str, Any] = {}
+
+
+# --- nodes: assignments and results ----------------------------------------------------------------------------------
+
+
+class Located(_Message):
+    """Content and who is known to hold it."""
+
+    ref: Ref
+    holders: tuple[str, ...] = ()
+
+
+class Item(_Message):
+    """One operator of a batch: an attempt at (key, generation)."""
+
+    key: bytes
+    generation: int
+    attempt: int
+    params: dict[str, Any]
+    inputs: dict[str, tuple[Located, ...]]
+    name: str = ""
+
+
+class Assignment(_Message, tag="assignment/1"):
+    """A batch for one node, under an epoch, with a lease. All items share type, models, code and engine options."""
+
+    epoch: int
+    id: str
+    node: str
+    type: str
+    version: int
+    batch_key: str
+    items: tuple[Item, ...]
+    models: dict[str, str] = {}
+    model_digests: dict[str, str] = {}
+    code: Located | None = None
+    timeout_s: float = 0.0
+    lease_s: float = 10.0
+    memory_bytes: int = 0
+    numeric: str = "any"
+
+
+class Outcome(_Message):
+    """What became of one item. ``reason`` is a Reason; on success ``result`` is the CID of the ResultManifest of ``outputs``.
+
+    ``missing`` lists root CIDs that no holder could give; ``inline`` carries the blocks of small results.
+    """
+
+    key: bytes
+    generation: int
+    attempt: int
+    reason: str
+    result: bytes = b""
+    outputs: dict[str, tuple[Ref, ...]] = {}
+    error: str = ""
+    missing: tuple[bytes, ...] = ()
+    metered: Metered = Metered()
+    log: Ref | None = None
+
+
+class Done(_Message, tag="done/1"):
+    """Results of an assignment, all or the next part of them (``last`` closes it).
+
+    ``signature`` is the node's, over the receipt of these outcomes (flowmesh_mesh.receipts); ``blocks`` are the inline blocks
+    of small results, result manifests included, as (codec, bytes).
+    """
+
+    node: str
+    assignment: str
+    epoch: int
+    outcomes: tuple[Outcome, ...]
+    public_key: str
+    signature: bytes
+    numeric: str = ""
+    blocks: tuple[tuple[int, bytes], ...] = ()
+    last: bool = True
+
+
+class Beat(_Message, tag="beat/1"):
+    """Heartbeat: renews the leases of what is held. ``resident`` are digests of loaded models; ``load`` 0..1."""
+
+    node: str
+    at_us: int
+    epoch: int
+    held: tuple[str, ...] = ()
+    running: int = 0
+    resident: tuple[str, ...] = ()
+    load: float = 0.0
+    memory_free_bytes: int = 0
+    state: str = "active"
+
+
+class Device(_Message):
+    """One accelerator, as measured; sizes in bytes."""
+
+    kind: str
+    name: str
+    uuid: str = ""
+    memory_bytes: int = 0
+
+
+class NodeRecord(_Message, tag="node/1"):
+    """What a node says of itself when it joins and when it changes."""
+
+    node: str
+    public_key: str
+    started_at_us: int
+    types: tuple[str, ...]
+    python: str
+    cpus: float
+    memory_bytes: int
+    devices: tuple[Device, ...] = ()
+    price_per_hour: float = 0.0
+    numeric: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+    slots: int = 1
+    site: str = ""
+    state: str = "active"
+
+
+class Log(_Message, tag="log/1"):
+    """Lines that a running operator printed."""
+
+    node: str
+    key: bytes
+    attempt: int
+    lines: tuple[str, ...]
+    at_us: int = 0
+
+
+class Progress(_Message, tag="progress/1"):
+    """How far an item is, 0..1, with a word for people."""
+
+    node: str
+    key: bytes
+    fraction: float
+    text: str = ""
+
+
+# --- leader to node --------------------------------------------------------------------------------------------------
+
+
+class Commit(_Message, tag="commit/1"):
+    """The ledger shows these results (key, generation, result CID): the node may drop spool and assignment.
+
+    ``closed`` is true once the whole assignment is settled (committed, released or refused).
+    """
+
+    epoch: int
+    assignment: str
+    results: tuple[tuple[bytes, int, bytes], ...] = ()
+    closed: bool = True
+
+
+class Abort(_Message, tag="abort/1"):
+    """Stop working on these keys of an assignment (empty: on all of it)."""
+
+    epoch: int
+    assignment: str
+    keys: tuple[bytes, ...] = ()
+    reason: str = ""
+
+
+class Resolve(_Message, tag="resolve/1"):
+    """Ask a node what a model reference stands for there."""
+
+    reference: str
+
+
+class Resolved(_Message, tag="resolved/1"):
+    """``digest`` is ``sha256:<hex>`` of the model's files; ``error`` tells why it cannot be had on this node."""
+
+    reference: str
+    digest: str = ""
+    size: int = 0
+    error: str = ""
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class BlockAsk(_Message, tag="block-ask/1"):
+    """Ask a holder for blocks; it answers with as many, in order, as fit into ``max_bytes``."""
+
+    cids: tuple[bytes, ...]
+    max_bytes: int = 960 * 1024
+
+
+class Have(_Message, tag="have/1"):
+    """Ask a holder whether it holds the whole DAG of each root, and to keep it for ``lease_s`` seconds."""
+
+    roots: tuple[bytes, ...]
+    lease_s: float = 60.0
+
+
+class Held(_Message, tag="held/1"):
+    """Answer to Have, one flag per root."""
+
+    held: tuple[bool, ...]
+
+
+class Epoch(_Message, tag="epoch/1"):
+    """Epoch record of a guarded stream."""
+
+    epoch: int
+    leader: str
+    lease: int
+    at_us: int
+
+
+class Lease(_Message, tag="lease/1"):
+    """Holder of the scheduler's lease."""
+
+    leader: str
+    at_us: int
+    address: str = ""
+
+
+M = TypeVar("M")
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return the msgpack bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """Return the message in ``data``; raise UsageError naming what is wrong with it.
+
+    ``kind`` may be a union of message classes: the tag decides.
+    """
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    try:
+        message: M = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"unreadable message: {error}") from error
+    return message
+
+
+def is_json(data: bytes) -> bool:
+    """Tell whether a payload is the JSON form (it begins with a brace, which no msgpack message does)."""
+    return data[:1] == b"{"

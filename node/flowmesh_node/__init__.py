@@ -1,0 +1,1 @@
+"""Runs: the node agent, its executors and the operator library."""

@@ -1,0 +1,1 @@
+"""Decides: the pure scheduling core and the service that runs it."""
