@@ -77,7 +77,7 @@ class Operator(_Kept):
     type: str
     version: int
     params: dict[str, Any] = {}
-    inputs: dict[str, tuple[Source, ...]] = {}
+    inputs: dict[str, list[Source]] = {}
     models: dict[str, str] = {}
     code: Ref | None = None
     determinism: str = "pure"
@@ -102,7 +102,7 @@ class Manifest(_Kept):
     """A whole compiled workflow; operators stand in an order in which sources come before their users."""
 
     name: str
-    operators: tuple[Operator, ...]
+    operators: list[Operator]
     outputs: dict[str, Output] = {}
     v: int = MANIFEST_VERSION
 
@@ -110,7 +110,7 @@ class Manifest(_Kept):
 class ResultManifest(_Kept):
     """What an operator produced; its CID is the result CID. Holds no time and no machine, so equal results are equal."""
 
-    outputs: dict[str, tuple[Ref, ...]]
+    outputs: dict[str, list[Ref]]
     v: int = MANIFEST_VERSION
 
 
@@ -129,7 +129,7 @@ class Receipt(_Kept):
     signature: bytes
     index: int
     count: int
-    path: tuple[bytes, ...] = ()
+    path: list[bytes] = []
 
 
 class Metered(_Kept):
@@ -163,9 +163,9 @@ class ResultRecord(_Kept):
     generation: int
     attempt: int
     result: bytes
-    outputs: dict[str, tuple[Ref, ...]]
+    outputs: dict[str, list[Ref]]
     receipt: Receipt
-    origins: tuple[Origin, ...] = ()
+    origins: list[Origin] = []
     models: dict[str, str] = {}
     numeric: str = ""
     metered: Metered = Metered()
@@ -199,7 +199,7 @@ class RunEnd(_Kept):
     actor: str
     ended_at_us: int
     detail: str = ""
-    outputs: dict[str, tuple[Ref, ...]] = {}
+    outputs: dict[str, list[Ref]] = {}
     records: dict[str, bytes] = {}
     counts: dict[str, int] = {}
     saved_us: int = 0

@@ -44,7 +44,7 @@ class Reason(StrEnum):
     INTERNAL = "internal"
 
 
-class _Message(msgspec.Struct, frozen=True, array_like=True):
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="message"):
     """Base of all messages."""
 
 
@@ -179,7 +179,7 @@ class Outcome(_Message):
     attempt: int
     reason: str
     result: bytes = b""
-    outputs: dict[str, tuple[Ref, ...]] = {}
+    outputs: dict[str, list[Ref]] = {}
     error: str = ""
     missing: tuple[bytes, ...] = ()
     metered: Metered = Metered()
