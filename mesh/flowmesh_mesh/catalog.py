@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
+
 from flowmesh_cas.errors import UsageError
 
 KINDS = ("rows", "value", "file", "folder")
@@ -72,7 +73,7 @@ class OperatorType:
         return self.determinism(params) if callable(self.determinism) else self.determinism
 
 
-class NoopParams(Params):
+class NoopParams(Params, frozen=True, kw_only=True):
     """``nonce`` makes operators differ; ``bytes`` is the size of the value produced; ``sleep_s`` holds the slot that long."""
 
     nonce: Seed = 0
@@ -80,7 +81,7 @@ class NoopParams(Params):
     sleep_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
 
 
-class LoadParams(Params):
+class LoadParams(Params, frozen=True, kw_only=True):
     """``format`` auto goes by the file's name; ``limit`` keeps the first rows, 0 means all."""
 
     format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
@@ -88,23 +89,23 @@ class LoadParams(Params):
     columns: tuple[Column, ...] = ()
 
 
-class SplitParams(Params):
+class SplitParams(Params, frozen=True, kw_only=True):
     """``parts`` tables of nearly equal length, in order."""
 
     parts: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
 
-class ConcatParams(Params):
+class ConcatParams(Params, frozen=True, kw_only=True):
     """Tables one after the other, in the order of the port."""
 
 
-class SqlParams(Params):
+class SqlParams(Params, frozen=True, kw_only=True):
     """One SELECT over the input ports, each a table of the port's name. Rows come out in the query's order."""
 
     query: Text
 
 
-class MapParams(Params):
+class MapParams(Params, frozen=True, kw_only=True):
     """``columns`` maps a new column to a Jinja2 template over the row; ``keep`` names the old columns that stay (empty: all)."""
 
     columns: dict[Column, Text] = {}
@@ -112,7 +113,7 @@ class MapParams(Params):
     drop: tuple[Column, ...] = ()
 
 
-class GenerateParams(Params):
+class GenerateParams(Params, frozen=True, kw_only=True):
     """Completions for each row. ``prompt`` is a template over the row; with ``chat`` it goes through the model's chat template.
 
     ``samples`` completions per row; ``temperature`` 0 is greedy. Each row draws from its own generator, seeded by ``seed``,
@@ -132,7 +133,7 @@ class GenerateParams(Params):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class LlmScoreParams(Params):
+class LlmScoreParams(Params, frozen=True, kw_only=True):
     """Log-probability of ``completion`` after ``prompt`` (templates over the row): columns ``column`` (sum, nats) and
     ``column``_tokens (how many tokens)."""
 
@@ -145,7 +146,7 @@ class LlmScoreParams(Params):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class Rule(Params):
+class Rule(Params, frozen=True, kw_only=True):
     """One term of a rule-based reward, on the text of column ``on``.
 
     ``kind``: length (−|words − target| / target, at least −1), contains / matches (1 when the text holds ``pattern`` /
@@ -159,7 +160,7 @@ class Rule(Params):
     target: Natural = 0
 
 
-class RewardParams(Params):
+class RewardParams(Params, frozen=True, kw_only=True):
     """Reward of each row in ``column``: a weighted sum of ``rules``, or the first logit of a sequence classifier ``model``."""
 
     model: str = ""
@@ -169,7 +170,7 @@ class RewardParams(Params):
     column: Column = "reward"
 
 
-class LoraParams(Params):
+class LoraParams(Params, frozen=True, kw_only=True):
     """Low-rank adapter: rank, scale, modules."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 8
@@ -178,7 +179,7 @@ class LoraParams(Params):
     target_modules: tuple[Column, ...] = ("q_proj", "v_proj")
 
 
-class _TrainParams(Params):
+class _TrainParams(Params, frozen=True, kw_only=True):
     model: ModelReference
     steps: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 20
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 4
@@ -189,7 +190,7 @@ class _TrainParams(Params):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class SftParams(_TrainParams):
+class SftParams(_TrainParams, frozen=True, kw_only=True):
     """Supervised fine-tuning on columns ``prompt`` and ``completion`` (templates over the row)."""
 
     prompt: Text = "{{ prompt }}"
@@ -198,7 +199,7 @@ class SftParams(_TrainParams):
     chat: bool = True
 
 
-class DpoParams(_TrainParams):
+class DpoParams(_TrainParams, frozen=True, kw_only=True):
     """Direct preference optimisation on rows with a prompt, a chosen and a rejected completion (templates over the row)."""
 
     beta: Positive = 0.1
@@ -209,7 +210,7 @@ class DpoParams(_TrainParams):
     chat: bool = True
 
 
-class CallParams(Params):
+class CallParams(Params, frozen=True, kw_only=True):
     """A user's function: ``function`` is its name in the source that travels with the workflow.
 
     It is called with one keyword argument per input port (rows as a list of dicts, a value as itself, a file or folder as
@@ -258,7 +259,9 @@ _TYPES = (
         "inline",
         batches=True,
     ),
-    OperatorType("data.load", "Read a file into rows.", LoadParams, {"file": Port("file")}, {"rows": _ROWS}, "data", batches=True),
+    OperatorType(
+        "data.load", "Read a file into rows.", LoadParams, {"file": Port("file")}, {"rows": _ROWS}, "data", batches=True
+    ),
     OperatorType(
         "data.split",
         "Cut a table into parts, each with an identity of its own.",
@@ -270,10 +273,24 @@ _TYPES = (
     ),
     OperatorType("data.concat", "Join tables end to end.", ConcatParams, {"rows": _ROWS}, {"rows": _ROWS}, "data", batches=True),
     OperatorType(
-        "data.sql", "One SELECT (DuckDB) over the input ports.", SqlParams, {}, {"rows": _ROWS}, "data", open_inputs="rows", batches=True
+        "data.sql",
+        "One SELECT (DuckDB) over the input ports.",
+        SqlParams,
+        {},
+        {"rows": _ROWS},
+        "data",
+        open_inputs="rows",
+        batches=True,
     ),
     OperatorType(
-        "data.map", "New columns from templates.", MapParams, {"rows": _ROWS}, {"rows": _ROWS}, "data", batches=True, shards_by="rows"
+        "data.map",
+        "New columns from templates.",
+        MapParams,
+        {"rows": _ROWS},
+        {"rows": _ROWS},
+        "data",
+        batches=True,
+        shards_by="rows",
     ),
     OperatorType(
         "llm.generate",

@@ -12,7 +12,6 @@ from hashlib import sha256
 from typing import Any
 
 from flowmesh_cas.cid import encode_dag_cbor
-
 from flowmesh_mesh.catalog import operator_type
 from flowmesh_mesh.manifest import Operator, Ref
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import msgspec
+
 from flowmesh_cas.cid import DAG_CBOR, cid_of, decode_dag_cbor, encode_dag_cbor
 from flowmesh_cas.errors import IntegrityError
 
@@ -21,7 +22,7 @@ class _Kept(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     """Base of the records that are hashed."""
 
 
-class Ref(_Kept):
+class Ref(_Kept, frozen=True):
     """Content of one port: what it is (digest, size) and where its DAG begins (cid, a locator only).
 
     ``kind`` is a port kind of the catalog: rows, value, file, folder. ``digest`` is the SHA-256 of the bytes, or for a
@@ -36,7 +37,7 @@ class Ref(_Kept):
     rows: int = -1
 
 
-class Source(_Kept):
+class Source(_Kept, frozen=True):
     """One thing that feeds an input port: an output of another operator (by index), or given content.
 
     ``item`` picks one element of an output with several (the parts of ``data.split``); -1 takes them all.
@@ -48,7 +49,7 @@ class Source(_Kept):
     ref: Ref | None = None
 
 
-class Resources(_Kept):
+class Resources(_Kept, frozen=True):
     """What an operator needs to be placed; zero means no demand."""
 
     gpus: int = 0
@@ -57,14 +58,14 @@ class Resources(_Kept):
     cpus: float = 0.0
 
 
-class Retry(_Kept):
+class Retry(_Kept, frozen=True):
     """How often an operator may run (``attempts`` in all) and the first pause between, which doubles."""
 
     attempts: int = 3
     backoff_s: float = 0.5
 
 
-class Operator(_Kept):
+class Operator(_Kept, frozen=True):
     """One vertex of a compiled workflow.
 
     ``params`` are complete and canonical (defaults filled in by the catalog). ``models`` maps a role to a model
@@ -91,14 +92,14 @@ class Operator(_Kept):
     share: str = ""
 
 
-class Output(_Kept):
+class Output(_Kept, frozen=True):
     """A named result of the workflow: a port of one operator."""
 
     op: int
     port: str
 
 
-class Manifest(_Kept):
+class Manifest(_Kept, frozen=True):
     """A whole compiled workflow; operators stand in an order in which sources come before their users."""
 
     name: str
@@ -107,14 +108,14 @@ class Manifest(_Kept):
     v: int = MANIFEST_VERSION
 
 
-class ResultManifest(_Kept):
+class ResultManifest(_Kept, frozen=True):
     """What an operator produced; its CID is the result CID. Holds no time and no machine, so equal results are equal."""
 
     outputs: dict[str, list[Ref]]
     v: int = MANIFEST_VERSION
 
 
-class Receipt(_Kept):
+class Receipt(_Kept, frozen=True):
     """Proof that a node vouches for one result: a signature over a Merkle root, and the result's path to it.
 
     ``public_key`` is the node's nkey (U...). ``index`` is the leaf's position among ``count``; ``path`` the sibling digests
@@ -132,7 +133,7 @@ class Receipt(_Kept):
     path: list[bytes] = []
 
 
-class Metered(_Kept):
+class Metered(_Kept, frozen=True):
     """What running cost, measured on the node: times in microseconds, sizes in bytes."""
 
     load_us: int = 0
@@ -144,7 +145,7 @@ class Metered(_Kept):
     bytes_fetched: int = 0
 
 
-class Origin(_Kept):
+class Origin(_Kept, frozen=True):
     """Where an input of a result came from: the ledger record that produced it, or only its content if it was given."""
 
     port: str
@@ -152,7 +153,7 @@ class Origin(_Kept):
     record: bytes | None = None
 
 
-class ResultRecord(_Kept):
+class ResultRecord(_Kept, frozen=True):
     """A ledger entry: operator key and generation -> result. Links make the lineage of a run one Merkle DAG.
 
     ``operator`` is the CID of the identity record (its digest is the operator key); ``result`` the CID of the
@@ -174,7 +175,7 @@ class ResultRecord(_Kept):
     v: int = MANIFEST_VERSION
 
 
-class Acceptance(_Kept):
+class Acceptance(_Kept, frozen=True):
     """Ledger entry: the run is accepted; its manifest and given inputs are held by the mesh.
 
     ``models`` maps each reference of the manifest to the digest it was pinned to (``sha256:...``).
@@ -190,7 +191,7 @@ class Acceptance(_Kept):
     v: int = MANIFEST_VERSION
 
 
-class RunEnd(_Kept):
+class RunEnd(_Kept, frozen=True):
     """Ledger entry: how a run ended. ``outputs`` names the ledger record (CID) behind each declared output."""
 
     tenant: str
@@ -206,7 +207,7 @@ class RunEnd(_Kept):
     v: int = MANIFEST_VERSION
 
 
-class Cancellation(_Kept):
+class Cancellation(_Kept, frozen=True):
     """Ledger entry: a tenant asked for a run to stop."""
 
     tenant: str

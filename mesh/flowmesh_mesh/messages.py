@@ -12,8 +12,8 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 import msgspec
-from flowmesh_cas.errors import UsageError
 
+from flowmesh_cas.errors import UsageError
 from flowmesh_mesh.manifest import Metered, Ref
 
 INLINE_MAX_BYTES = 512 * 1024
@@ -51,7 +51,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="message"
 # --- tenants ---------------------------------------------------------------------------------------------------------
 
 
-class Submit(_Message, tag="submit/1"):
+class Submit(_Message, frozen=True, tag="submit/1"):
     """A workflow to run. ``run`` is chosen by the client and makes the submission idempotent.
 
     ``manifest`` is the CID of the compiled workflow; ``blocks`` carries it and small inputs inline (at most
@@ -63,21 +63,21 @@ class Submit(_Message, tag="submit/1"):
     blocks: tuple[bytes, ...] = ()
 
 
-class Cancel(_Message, tag="cancel/1"):
+class Cancel(_Message, frozen=True, tag="cancel/1"):
     """End a run."""
 
     run: str
     actor: str = ""
 
 
-class Ask(_Message, tag="ask/1"):
+class Ask(_Message, frozen=True, tag="ask/1"):
     """A question to the leader: status, runs, run, operators, lineage, why a run ended ... (docs/protocol.md)."""
 
     what: str
     args: dict[str, Any] = {}
 
 
-class Answer(_Message, tag="answer/1"):
+class Answer(_Message, frozen=True, tag="answer/1"):
     """Answer to an Ask, a Put or a Cancel; ``error`` is empty when it went well."""
 
     body: Any = None
@@ -86,7 +86,7 @@ class Answer(_Message, tag="answer/1"):
     kind: str = ""
 
 
-class Put(_Message, tag="put/1"):
+class Put(_Message, frozen=True, tag="put/1"):
     """Blocks to be held by the mesh. ``root`` with ``last`` pins the DAG; the answer lists CIDs still missing."""
 
     blocks: tuple[bytes, ...]
@@ -95,14 +95,14 @@ class Put(_Message, tag="put/1"):
     last: bool = False
 
 
-class Get(_Message, tag="get/1"):
+class Get(_Message, frozen=True, tag="get/1"):
     """Ask for the DAG under ``root``, in the order of its depth-first walk, from block number ``cursor`` on."""
 
     root: bytes
     cursor: int = 0
 
 
-class Blocks(_Message, tag="blocks/1"):
+class Blocks(_Message, frozen=True, tag="blocks/1"):
     """Blocks in answer to Get or BlockAsk; ``codecs`` tells how to name each; ``cursor`` is the next one, -1 at the end.
 
     A block that the holder lacks stands as None.
@@ -114,7 +114,7 @@ class Blocks(_Message, tag="blocks/1"):
     error: str = ""
 
 
-class RunEvent(_Message, tag="run-event/1"):
+class RunEvent(_Message, frozen=True, tag="run-event/1"):
     """What happened to a run, for whoever watches. ``seq`` counts up by one per run; a gap means: ask again.
 
     ``kind``: received, rejected, accepted, operators, log, cancelling, ended. ``body`` is plain data; for ``operators`` it is
@@ -131,14 +131,14 @@ class RunEvent(_Message, tag="run-event/1"):
 # --- nodes: assignments and results ----------------------------------------------------------------------------------
 
 
-class Located(_Message):
+class Located(_Message, frozen=True):
     """Content and who is known to hold it."""
 
     ref: Ref
     holders: tuple[str, ...] = ()
 
 
-class Item(_Message):
+class Item(_Message, frozen=True):
     """One operator of a batch: an attempt at (key, generation)."""
 
     key: bytes
@@ -149,7 +149,7 @@ class Item(_Message):
     name: str = ""
 
 
-class Assignment(_Message, tag="assignment/1"):
+class Assignment(_Message, frozen=True, tag="assignment/1"):
     """A batch for one node, under an epoch, with a lease. All items share type, models, code and engine options."""
 
     epoch: int
@@ -168,7 +168,7 @@ class Assignment(_Message, tag="assignment/1"):
     numeric: str = "any"
 
 
-class Outcome(_Message):
+class Outcome(_Message, frozen=True):
     """What became of one item. ``reason`` is a Reason; on success ``result`` is the CID of the ResultManifest of ``outputs``.
 
     ``missing`` lists root CIDs that no holder could give; ``inline`` carries the blocks of small results.
@@ -186,7 +186,7 @@ class Outcome(_Message):
     log: Ref | None = None
 
 
-class Done(_Message, tag="done/1"):
+class Done(_Message, frozen=True, tag="done/1"):
     """Results of an assignment, all or the next part of them (``last`` closes it).
 
     ``signature`` is the node's, over the receipt of these outcomes (flowmesh_mesh.receipts); ``blocks`` are the inline blocks
@@ -204,7 +204,7 @@ class Done(_Message, tag="done/1"):
     last: bool = True
 
 
-class Beat(_Message, tag="beat/1"):
+class Beat(_Message, frozen=True, tag="beat/1"):
     """Heartbeat: renews the leases of what is held. ``resident`` are digests of loaded models; ``load`` 0..1."""
 
     node: str
@@ -218,7 +218,7 @@ class Beat(_Message, tag="beat/1"):
     state: str = "active"
 
 
-class Device(_Message):
+class Device(_Message, frozen=True):
     """One accelerator, as measured; sizes in bytes."""
 
     kind: str
@@ -227,7 +227,7 @@ class Device(_Message):
     memory_bytes: int = 0
 
 
-class NodeRecord(_Message, tag="node/1"):
+class NodeRecord(_Message, frozen=True, tag="node/1"):
     """What a node says of itself when it joins and when it changes."""
 
     node: str
@@ -246,7 +246,7 @@ class NodeRecord(_Message, tag="node/1"):
     state: str = "active"
 
 
-class Log(_Message, tag="log/1"):
+class Log(_Message, frozen=True, tag="log/1"):
     """Lines that a running operator printed."""
 
     node: str
@@ -256,7 +256,7 @@ class Log(_Message, tag="log/1"):
     at_us: int = 0
 
 
-class Progress(_Message, tag="progress/1"):
+class Progress(_Message, frozen=True, tag="progress/1"):
     """How far an item is, 0..1, with a word for people."""
 
     node: str
@@ -268,7 +268,7 @@ class Progress(_Message, tag="progress/1"):
 # --- leader to node --------------------------------------------------------------------------------------------------
 
 
-class Commit(_Message, tag="commit/1"):
+class Commit(_Message, frozen=True, tag="commit/1"):
     """The ledger shows these results (key, generation, result CID): the node may drop spool and assignment.
 
     ``closed`` is true once the whole assignment is settled (committed, released or refused).
@@ -280,7 +280,7 @@ class Commit(_Message, tag="commit/1"):
     closed: bool = True
 
 
-class Abort(_Message, tag="abort/1"):
+class Abort(_Message, frozen=True, tag="abort/1"):
     """Stop working on these keys of an assignment (empty: on all of it)."""
 
     epoch: int
@@ -289,13 +289,13 @@ class Abort(_Message, tag="abort/1"):
     reason: str = ""
 
 
-class Resolve(_Message, tag="resolve/1"):
+class Resolve(_Message, frozen=True, tag="resolve/1"):
     """Ask a node what a model reference stands for there."""
 
     reference: str
 
 
-class Resolved(_Message, tag="resolved/1"):
+class Resolved(_Message, frozen=True, tag="resolved/1"):
     """``digest`` is ``sha256:<hex>`` of the model's files; ``error`` tells why it cannot be had on this node."""
 
     reference: str
@@ -307,27 +307,27 @@ class Resolved(_Message, tag="resolved/1"):
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-class BlockAsk(_Message, tag="block-ask/1"):
+class BlockAsk(_Message, frozen=True, tag="block-ask/1"):
     """Ask a holder for blocks; it answers with as many, in order, as fit into ``max_bytes``."""
 
     cids: tuple[bytes, ...]
     max_bytes: int = 960 * 1024
 
 
-class Have(_Message, tag="have/1"):
+class Have(_Message, frozen=True, tag="have/1"):
     """Ask a holder whether it holds the whole DAG of each root, and to keep it for ``lease_s`` seconds."""
 
     roots: tuple[bytes, ...]
     lease_s: float = 60.0
 
 
-class Held(_Message, tag="held/1"):
+class Held(_Message, frozen=True, tag="held/1"):
     """Answer to Have, one flag per root."""
 
     held: tuple[bool, ...]
 
 
-class Epoch(_Message, tag="epoch/1"):
+class Epoch(_Message, frozen=True, tag="epoch/1"):
     """Epoch record of a guarded stream."""
 
     epoch: int
@@ -336,7 +336,7 @@ class Epoch(_Message, tag="epoch/1"):
     at_us: int
 
 
-class Lease(_Message, tag="lease/1"):
+class Lease(_Message, frozen=True, tag="lease/1"):
     """Holder of the scheduler's lease."""
 
     leader: str

@@ -1,0 +1,1 @@
+"""The operator library: what runs inside executor processes."""
