@@ -1,0 +1,42 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types bench docs clean
+
+python := .venv/bin/python
+# Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
+workers ?= 2
+# Extra arguments for pytest, the demo or the benchmarks: make test args="-k fence"
+args ?=
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make .venv and install the pinned versions (quick the second time)
+	@.ci/setup
+
+demo: setup ## Two tenants, three nodes, a real model, one node killed on the way
+	@$(python) -m demo $(args)
+
+test: lint types ## Lint, types, layers and all tests
+	@$(python) -m pytest -n $(workers) --dist loadfile $(args)
+
+lint: setup ## Style (ruff) and layers (import-linter)
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --check --quiet .
+	@out=$$(.venv/bin/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
+
+types: setup ## Types (mypy, strict)
+	@.venv/bin/mypy --no-error-summary
+
+bench: setup ## Benchmarks beside the raw broker loop and Ray; lines in out/bench.jsonl, a table at the end
+	@$(python) -c 'import ray' 2>/dev/null || $(python) -m pip --quiet --disable-pip-version-check install -r bench/requirements.txt
+	@$(python) -m bench $(args)
+
+docs: setup ## Write anew the pages of docs/ that are made from the code
+	@$(python) docs/generate.py
+
+clean: ## Remove what builds, tests and runs leave behind; .venv stays
+	@rm -rf build dist out .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
