@@ -1,0 +1,118 @@
+"""How runs end: success once every output is held, failure or cancellation once nothing of them runs any more."""
+
+from __future__ import annotations
+
+from flowmesh_mesh.manifest import Cancellation, Ref, RunEnd
+from flowmesh_mesh.messages import Reason
+from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.core.commands import EndRun, Keep, RecordCancel
+from flowmesh_scheduler.core.events import CancelRequested, Kept
+from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.outcomes import take_away
+from flowmesh_scheduler.core.planning import detach, reopen
+from flowmesh_scheduler.core.state import Run, State, Vertex, VertexState, WorkState
+
+
+def on_cancel(state: State, event: CancelRequested, now_us: int, out: Outbox) -> None:
+    """Stop a run: its operators leave their work; work that nobody else waits for is stopped."""
+    run = state.runs.get((event.tenant, event.run))
+    if run is None or run.end is not None or run.cancelled_by:
+        return
+    run.cancelled_by = event.actor or "tenant"
+    out.add(RecordCancel(Cancellation(run.tenant, run.id, run.cancelled_by, now_us)))
+    stop(state, run, Reason.CANCELLED, run.cancelled_by, out)
+
+
+def stop(state: State, run: Run, reason: str, actor: str, out: Outbox) -> None:
+    """End every vertex of a run that has not ended."""
+    run.reason, run.actor = reason, actor
+    out.touched[run.id_pair] = run
+    for vertex in run.vertices:
+        if vertex.state.is_final or (vertex.work is not None and vertex.work.state is WorkState.COMMITTING):
+            continue
+        abandoned = detach(state, vertex, out)
+        if abandoned is not None:
+            take_away(state, abandoned, out)
+            state.works.pop(abandoned.key, None)
+        vertex.reason = reason
+        out.set_state(vertex, VertexState.CANCELLED)
+
+
+def watch_deadlines(state: State, now_us: int, out: Outbox) -> None:
+    """Stop runs whose deadline has passed."""
+    for run in list(state.runs.values()):
+        if run.deadline_us and now_us > run.deadline_us and run.end is None and run.unfinished:
+            run.detail = run.detail or "the deadline of the workflow has passed"
+            stop(state, run, Reason.TIMEOUT, "scheduler", out)
+
+
+def outputs_of(run: Run) -> dict[str, list[Ref]]:
+    """Return the declared outputs of a run that exist."""
+    found: dict[str, list[Ref]] = {}
+    for name, output in run.manifest.outputs.items():
+        vertex = run.vertices[output.op]
+        if vertex.state is VertexState.DONE and vertex.outputs is not None:
+            found[name] = vertex.outputs.get(output.port, [])
+    return found
+
+
+def end_if_settled(state: State, run: Run, now_us: int, out: Outbox) -> None:
+    """End a run in which nothing is left to do."""
+    if run.unfinished or run.end is not None:
+        return
+    succeeded = not run.reason and run.counts.get(VertexState.DONE.value, 0) == len(run.vertices)
+    outputs = outputs_of(run)
+    if succeeded and not run.kept:
+        roots = {ref.cid: state.holders(ref.cid) for refs in outputs.values() for ref in refs}
+        away = {root: holders for root, holders in roots.items() if HUB not in holders}
+        if away:
+            if not run.keeping:
+                run.keeping = True
+                out.add(Keep(run.tenant, run.id, away))
+            return
+    state_word = "succeeded" if succeeded else "cancelled" if run.reason == Reason.CANCELLED else "failed"
+    run.end = RunEnd(
+        tenant=run.tenant,
+        run=run.id,
+        reason=Reason.SUCCEEDED if succeeded else run.reason or Reason.INTERNAL,
+        actor=run.actor or "scheduler",
+        ended_at_us=now_us,
+        detail=run.detail,
+        outputs=outputs,
+        records={name: r for name, o in run.manifest.outputs.items() if (r := run.vertices[o.op].record)},
+        counts={name: n for name, n in run.counts.items() if n},
+        saved_us=run.saved_us,
+    )
+    out.add(EndRun(run.end, state_word))
+
+
+def on_kept(state: State, event: Kept, out: Outbox) -> None:
+    """The hub has the outputs; what nobody could give any more is computed again."""
+    run = state.runs.get((event.tenant, event.run))
+    if run is None or run.end is not None:
+        return
+    run.keeping = False
+    out.touched[run.id_pair] = run
+    missing = set(event.missing)
+    if not missing:
+        run.kept = True
+        return
+    for root in missing:
+        state.places.pop(root, None)
+    for vertex in _makers(run, missing):
+        reopen(state, vertex, out)
+
+
+def _makers(run: Run, roots: set[bytes]) -> list[Vertex]:
+    return [v for v in run.vertices if v.outputs and any(ref.cid in roots for refs in v.outputs.values() for ref in refs)]
+
+
+def on_ended(state: State, pair: tuple[str, str]) -> None:
+    """The ledger shows the end: keep the run for questions, and only so many of them."""
+    run = state.runs.get(pair)
+    if run is None or run.end is None:
+        return
+    state.ended[pair] = (run.end, run.acceptance)
+    finished = [r for r in state.runs.values() if r.end is not None]
+    for old in finished[: max(0, len(finished) - state.settings.run_history)]:
+        del state.runs[old.id_pair]

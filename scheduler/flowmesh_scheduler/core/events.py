@@ -1,0 +1,148 @@
+"""What happens to the core. Each event is complete: the core looks nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flowmesh_mesh.manifest import Acceptance, Manifest, Ref, ResultRecord, RunEnd
+from flowmesh_mesh.messages import Assignment, Beat, Done, NodeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A checked workflow whose manifest and inputs the mesh holds; models are pinned."""
+
+    tenant: str
+    run: str
+    manifest: Manifest
+    manifest_cid: bytes
+    models: Mapping[str, str] = field(default_factory=dict)
+    encoding: str = "msgpack"
+    share: str = "mesh"
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    tenant: str
+    run: str
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    record: NodeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class BeatReceived:
+    beat: Beat
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDisconnected:
+    """The broker saw the node's connection end: suspicion, not death."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoneReceived:
+    """Results of an assignment whose receipt has been verified; ``at_hub`` are roots that came inline and are kept."""
+
+    done: Done
+    at_hub: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The ledger shows these records: (operator key, CID of the record)."""
+
+    records: Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Who confirmed to hold (and lease) each root asked for; a root that nobody holds has no holders."""
+
+    holders: Mapping[bytes, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The hub holds the outputs of a run, except for the missing."""
+
+    tenant: str
+    run: str
+    missing: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The ledger shows the end of a run."""
+
+    tenant: str
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadySeen:
+    """Somebody asks to look at a run again (stream READY)."""
+
+    tenant: str
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """The leader lost the broker: lease clocks stand still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The leader has the broker again: lease clocks start anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredRun:
+    """An accepted run that has not ended, with its manifest."""
+
+    acceptance: Acceptance
+    manifest: Manifest
+    cancelled_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """Everything that a new leader finds: ledger and outstanding assignments."""
+
+    results: Sequence[tuple[bytes, ResultRecord]]
+    runs: Sequence[RecoveredRun]
+    ended: Sequence[tuple[RunEnd, Acceptance | None]]
+    assignments: Sequence[Assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = (
+    Submitted
+    | CancelRequested
+    | NodeJoined
+    | BeatReceived
+    | NodeDisconnected
+    | DoneReceived
+    | Committed
+    | Located
+    | Kept
+    | Ended
+    | ReadySeen
+    | CutOff
+    | Restored
+    | Recovered
+    | Tick
+)
+
+__all__ = ["Event", "Ref"]

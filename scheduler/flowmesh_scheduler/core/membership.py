@@ -1,0 +1,113 @@
+"""Nodes: joining, heartbeats, suspicion, loss. What a lost node held runs elsewhere."""
+
+from __future__ import annotations
+
+from flowmesh_mesh.messages import Beat, Commit, NodeRecord, Reason
+from flowmesh_scheduler.core.commands import Tell
+from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.outcomes import close_if_empty, release
+from flowmesh_scheduler.core.planning import fail_work
+from flowmesh_scheduler.core.state import Node, Outstanding, State
+
+_CHEAP = frozenset({"inline", "data"})
+
+
+def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> None:
+    """Know a node, or know it anew: an agent that started again holds nothing of what it held before."""
+    known = state.nodes.get(record.node)
+    if record.state == "left":
+        if known is not None:
+            lose(state, known, now_us, out)
+        return
+    if known is not None and known.record.started_at_us == record.started_at_us and known.state != "gone":
+        known.record = record
+        known.state = record.state
+        known.last_beat_us = now_us
+        known.disconnected_at_us = 0
+        return
+    if known is not None:
+        _take_back(state, known, out, counts_as_loss=False)
+    state.nodes[record.node] = Node(record, now_us, record.state)
+
+
+def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
+    """Renew the leases of what a node holds; notice what it has lost and what it should drop."""
+    node = state.nodes.get(beat.node)
+    if node is None:
+        return
+    node.last_beat_us = now_us
+    node.disconnected_at_us = 0
+    node.state = beat.state
+    node.resident = frozenset(beat.resident)
+    node.load, node.running, node.memory_free_bytes = beat.load, beat.running, beat.memory_free_bytes
+    held = set(beat.held)
+    for assignment in held:
+        if assignment not in state.assignments:
+            out.add(Tell(beat.node, Commit(state.epoch, assignment, (), closed=True)))
+    lost_after_us = now_us - int(state.settings.lease_s * 1e6)
+    for assignment in list(node.assignments - held):
+        outstanding = state.assignments.get(assignment)
+        if outstanding is not None and outstanding.assigned_at_us < lost_after_us:
+            _requeue(state, outstanding, out, counts_as_loss=False)
+
+
+def on_disconnected(state: State, name: str, now_us: int) -> None:
+    """The broker saw the connection end; after a short while without a beat it counts."""
+    node = state.nodes.get(name)
+    if node is not None and not node.disconnected_at_us and node.state != "gone":
+        node.disconnected_at_us = now_us
+
+
+def watch_leases(state: State, now_us: int, out: Outbox) -> None:
+    """Take back what suspected nodes hold (cheap work soon, dear work after the lease)."""
+    if state.is_cut_off:
+        return
+    settings = state.settings
+    for node in list(state.nodes.values()):
+        if node.state == "gone":
+            continue
+        if now_us - node.last_beat_us > settings.node_lease_us:
+            lose(state, node, now_us, out)
+        elif node.disconnected_at_us and now_us - node.disconnected_at_us > settings.suspicion_us:
+            for assignment in list(node.assignments):
+                outstanding = state.assignments[assignment]
+                if outstanding.executor in _CHEAP:
+                    _requeue(state, outstanding, out, counts_as_loss=False)
+
+
+def lose(state: State, node: Node, now_us: int, out: Outbox) -> None:
+    """A node is gone: whatever it held runs elsewhere."""
+    node.state = "gone"
+    node.disconnected_at_us = node.disconnected_at_us or now_us
+    _take_back(state, node, out, counts_as_loss=True)
+
+
+def _take_back(state: State, node: Node, out: Outbox, *, counts_as_loss: bool) -> None:
+    for outstanding in [o for o in state.assignments.values() if o.node == node.name]:
+        _requeue(state, outstanding, out, counts_as_loss=counts_as_loss)
+    node.assignments.clear()
+    node.busy.clear()
+
+
+def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_loss: bool) -> None:
+    for work in release(state, outstanding, out):
+        work.assignment = ""
+        work.avoided.add(outstanding.node)
+        if counts_as_loss:
+            work.nodes_lost += 1
+            state.totals["repeated"] += 1
+        if work.nodes_lost >= state.settings.nodes_lost_limit:
+            text = f"{work.nodes_lost} nodes were lost while they ran it"
+            fail_work(state, work, Reason.POISON, text, outstanding.node, out)
+        else:
+            out.queueing.append(work)
+
+
+def restore_leases(state: State, now_us: int) -> None:
+    """The leader was cut off: every lease starts anew."""
+    for node in state.nodes.values():
+        if node.state != "gone":
+            node.last_beat_us = now_us
+
+
+__all__ = ["close_if_empty", "lose", "on_beat", "on_disconnected", "on_joined", "restore_leases", "watch_leases"]

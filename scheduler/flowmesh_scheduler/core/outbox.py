@@ -1,0 +1,53 @@
+"""What one step wants done: commands in order, and what is gathered until its end (changes, questions, runs to look at)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flowmesh_scheduler.core.commands import Change, Command, CommitResults, Locate
+from flowmesh_scheduler.core.state import Run, Vertex, VertexState, Work
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Gathers the commands of one step."""
+
+    commands: list[Command] = field(default_factory=list)
+    commits: list[tuple[bytes, int, bytes]] = field(default_factory=list)
+    locate: dict[bytes, list[str]] = field(default_factory=dict)
+    entering: list[Vertex] = field(default_factory=list)
+    queueing: list[Work] = field(default_factory=list)
+    changed: dict[tuple[str, str], Run] = field(default_factory=dict)
+    touched: dict[tuple[str, str], Run] = field(default_factory=dict)
+
+    def add(self, command: Command) -> None:
+        self.commands.append(command)
+
+    def set_state(self, vertex: Vertex, state: VertexState) -> None:
+        """Move a vertex and note it for whoever watches."""
+        if vertex.state is state:
+            return
+        run = vertex.run
+        counts = run.counts
+        counts[vertex.state.value] = counts.get(vertex.state.value, 0) - 1
+        counts[state.value] = counts.get(state.value, 0) + 1
+        if state.is_final != vertex.state.is_final:
+            run.unfinished += -1 if state.is_final else 1
+        vertex.state = state
+        if state is not VertexState.READY and state is not VertexState.WAITING:
+            run.changes.append((vertex.index, state.value, vertex.node, vertex.reason, vertex.shared))
+            self.changed[run.id_pair] = run
+        self.touched[run.id_pair] = run
+
+    def close(self) -> list[Command]:
+        """Return all commands of the step: commits first, so that they are on their way while the rest is prepared."""
+        commands = self.commands
+        if self.commits:
+            commands.insert(0, CommitResults(self.commits))
+        if self.locate:
+            commands.append(Locate(self.locate))
+        for run in self.changed.values():
+            if run.changes:
+                commands.append(Change(run.tenant, run.id, run.changes, {k: n for k, n in run.counts.items() if n}))
+                run.changes = []
+        return commands

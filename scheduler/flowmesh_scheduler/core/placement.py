@@ -1,0 +1,212 @@
+"""Batch and node, chosen together by one utility in dollars; every term is kept.
+
+U(B, w) = value of the work done - price(w) * T(B, w), with T = load + fetch + exec. A batch is worth the dollars that
+a node of the usual price would cost for it, raised by priority. Of all feasible pairs the best is assigned, until none is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from flowmesh_mesh.messages import Assignment, Item, Located
+from flowmesh_scheduler.core.commands import Assign
+from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.outcomes import executor_of, speed_key
+from flowmesh_scheduler.core.state import Node, Outstanding, State, VertexState, Work, WorkState
+
+_KEYS_CONSIDERED = 64
+_INPUTS_SAMPLED = 16
+_ROUND_TRIP_S = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A batch key on a node, with the terms of its utility (seconds and dollars)."""
+
+    batch_key: str
+    node: Node
+    count: int
+    terms: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        return self.terms["utility"]
+
+
+def place(state: State, now_us: int, out: Outbox) -> None:
+    """Assign the best pair of batch and node while there is one."""
+    while state.pool and not state.is_cut_off:
+        best = max(_candidates(state), key=lambda c: c.score, default=None)
+        if best is None:
+            return
+        _assign(state, best, now_us, out)
+
+
+def _candidates(state: State) -> Iterator[Candidate]:
+    heads: list[tuple[tuple[int, int], str, Work]] = []
+    for key in list(state.pool):
+        head = _head(state, key)
+        if head is not None:
+            heads.append(((-head.priority, head.order), key, head))
+    heads.sort(key=lambda h: h[0])
+    for _, key, head in heads[:_KEYS_CONSIDERED]:
+        nodes = feasible(state, head)
+        if not nodes:
+            continue
+        count = batch_size(state, head, len(state.pool[key]))
+        for node, _ in nodes:
+            yield Candidate(key, node, count, utility(state, head, count, node))
+
+
+def _head(state: State, key: str) -> Work | None:
+    """Return the first work of a batch key that still wants a place; forget the others before it."""
+    heap = state.pool[key]
+    while heap:
+        work = heap[0][3]
+        if work.state is WorkState.QUEUED and state.works.get(work.key) is work:
+            return work
+        heappop(heap)
+    del state.pool[key]
+    return None
+
+
+def batch_size(state: State, work: Work, ready: int) -> int:
+    """Return how many of the ready operators to take: shrinking towards the end, so that all nodes finish together."""
+    settings, kind = state.settings, executor_of(work)
+    able = sum(n.record.slots for n in state.nodes.values() if n.is_usable and can_run(n, work))
+    share = -(-ready // max(1, able * settings.depth_limit[kind]))
+    return min(settings.batch_limit[kind], max(settings.batch_floor[kind], share))
+
+
+def feasible(state: State, work: Work) -> list[tuple[Node, int]]:
+    """Return the nodes that can run this work now, with their free slots; avoided ones only if there is no other."""
+    kind = executor_of(work)
+    depth = state.settings.depth_limit[kind]
+    able = [n for n in state.nodes.values() if n.is_usable and can_run(n, work)]
+    wanted = [n for n in able if n.name not in work.avoided] or able
+    found = []
+    for node in wanted:
+        slots = depth * node.record.slots if kind in ("engine", "train", "user") else depth
+        free = slots - node.busy.get(kind, 0)
+        if kind in ("engine", "train"):
+            free = min(free, node.record.slots - node.busy.get("engine", 0) - node.busy.get("train", 0))
+        if free > 0:
+            found.append((node, free))
+    return found
+
+
+def can_run(node: Node, work: Work) -> bool:
+    """Tell whether a node has the operator type, the numeric class and the hardware."""
+    record, needs = node.record, work.operator.resources
+    if work.operator.type not in record.types:
+        return False
+    numeric = work.operator.numeric
+    if numeric != "any" and numeric.removeprefix("exact:") not in record.numeric:
+        return False
+    if needs.gpus > len(record.devices) or needs.memory_bytes > record.memory_bytes or needs.cpus > record.cpus:
+        return False
+    return not needs.vram_bytes or any(d.memory_bytes >= needs.vram_bytes for d in record.devices)
+
+
+def utility(state: State, work: Work, count: int, node: Node) -> dict[str, float]:
+    """Return the terms of running ``count`` operators like ``work`` on a node: seconds, and dollars with sign."""
+    settings = state.settings
+    speed = state.speeds.get(speed_key(work))
+    exec_s = (speed.operator_s if speed else settings.operator_s) * count
+    load_s = 0.0
+    if work.model_digests and not node.resident.issuperset(work.model_digests.values()):
+        load_s = speed.load_s if speed and speed.load_s else settings.model_load_s
+    missing = [
+        ref for refs in work.inputs.values() for ref in refs[:_INPUTS_SAMPLED] if node.name not in state.places.get(ref.cid, ())
+    ]
+    fetch_s = sum(_ROUND_TRIP_S + max(ref.size, 0) / settings.bandwidth_bytes_per_s for ref in missing)
+    price = (node.record.price_per_hour or settings.price_per_hour) / 3600
+    value = settings.price_per_hour / 3600 * max(exec_s, 1e-6) * 2 * 1.25**work.priority
+    seconds = load_s + fetch_s + exec_s
+    waiting = 1e-9 * len(node.assignments)
+    return {
+        "value": value,
+        "load_s": load_s,
+        "fetch_s": fetch_s,
+        "exec_s": exec_s,
+        "cost": -price * seconds,
+        "queue": -waiting,
+        "utility": value - price * seconds - waiting,
+    }
+
+
+def _take(state: State, candidate: Candidate) -> list[Work]:
+    """Take up to ``count`` work of the batch key that does not avoid the node (all of it, if only such is there)."""
+    heap = state.pool[candidate.batch_key]
+    taken: list[Work] = []
+    skipped: list[tuple[int, int, int, Work]] = []
+    name = candidate.node.name
+    first = True
+    while heap and len(taken) < candidate.count:
+        entry = heappop(heap)
+        work = entry[3]
+        if work.state is not WorkState.QUEUED or state.works.get(work.key) is not work:
+            continue
+        if not first and name in work.avoided:
+            skipped.append(entry)
+            continue
+        first = False
+        taken.append(work)
+    for entry in skipped:
+        heappush(heap, entry)
+    if not heap:
+        del state.pool[candidate.batch_key]
+    return taken
+
+
+def _assign(state: State, candidate: Candidate, now_us: int, out: Outbox) -> None:
+    works = _take(state, candidate)
+    if not works:
+        return
+    node, head = candidate.node, works[0]
+    state.next_assignment += 1
+    identity = f"{state.epoch:x}-{state.next_assignment:x}"
+    executor = executor_of(head)
+    items = tuple(_item(state, work, identity, node.name, now_us, out) for work in works)
+    code = head.operator.code
+    assignment = Assignment(
+        epoch=state.epoch,
+        id=identity,
+        node=node.name,
+        type=head.operator.type,
+        version=head.operator.version,
+        batch_key=candidate.batch_key,
+        items=items,
+        models=dict(head.models),
+        model_digests=dict(head.model_digests),
+        code=None if code is None else Located(code, tuple(state.holders(code.cid))),
+        timeout_s=max(w.operator.timeout_s for w in works),
+        lease_s=state.settings.lease_s,
+        memory_bytes=max(w.operator.resources.memory_bytes for w in works),
+        numeric=head.operator.numeric,
+    )
+    state.assignments[identity] = Outstanding(identity, node.name, executor, {w.key: w for w in works}, len(works), now_us)
+    node.assignments.add(identity)
+    node.busy[executor] = node.busy.get(executor, 0) + 1
+    out.add(Assign(assignment, candidate.terms))
+
+
+def _item(state: State, work: Work, assignment: str, node: str, now_us: int, out: Outbox) -> Item:
+    work.state = WorkState.ASSIGNED
+    work.assignment = assignment
+    work.attempts += 1
+    work.issued[assignment] = work.attempts
+    for vertex in work.waiters:
+        vertex.node, vertex.attempt, vertex.started_at_us = node, work.attempts, now_us
+        out.set_state(vertex, VertexState.ASSIGNED)
+    holders = state.holders
+    return Item(
+        work.key,
+        work.generation,
+        work.attempts,
+        work.operator.params,
+        {port: tuple(Located(ref, tuple(holders(ref.cid))) for ref in refs) for port, refs in work.inputs.items()},
+        work.operator.name,
+    )

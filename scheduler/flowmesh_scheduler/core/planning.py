@@ -1,0 +1,275 @@
+"""From runs to work: which operators are ready, what their key is, whether somebody has done or is doing them.
+
+The planner has no history of its own: a run is its manifest evaluated against results.
+"""
+
+from __future__ import annotations
+
+from flowmesh_mesh.identity import batch_key, effect_salt, identity_record, operator_key, private_salt
+from flowmesh_mesh.manifest import Acceptance, Manifest, Ref
+from flowmesh_mesh.messages import Reason
+from flowmesh_scheduler.core.commands import Accept
+from flowmesh_scheduler.core.events import Submitted
+from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
+
+
+def submit(state: State, event: Submitted, now_us: int, out: Outbox) -> None:
+    """Accept a run, unless it is known already, and plan it."""
+    if (event.tenant, event.run) in state.runs or (event.tenant, event.run) in state.ended:
+        return
+    acceptance = Acceptance(
+        tenant=event.tenant,
+        run=event.run,
+        manifest=event.manifest_cid,
+        accepted_at_us=now_us,
+        models=dict(event.models),
+        encoding=event.encoding,
+        share=event.share,
+    )
+    out.add(Accept(acceptance, event.manifest.name, len(event.manifest.operators)))
+    start_run(state, acceptance, event.manifest, out)
+
+
+def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Outbox) -> Run:
+    """Build the vertices of a run and enter those that wait for nothing."""
+    run = Run(acceptance.tenant, acceptance.run, manifest, acceptance)
+    state.runs[run.id_pair] = run
+    vertices, consumers = run.vertices, run.consumers
+    default_private = acceptance.share == "private"
+    deadlines = [o.deadline_s for o in manifest.operators if o.deadline_s]
+    if deadlines:
+        run.deadline_us = acceptance.accepted_at_us + int(max(deadlines) * 1e6)
+    for index, operator in enumerate(manifest.operators):
+        sources = {s.op for port in operator.inputs.values() for s in port if s.op >= 0}
+        vertex = Vertex(run, index, operator, len(sources))
+        vertex.is_private = (
+            operator.share == "private"
+            or (default_private and operator.share != "mesh")
+            or any(vertices[s].is_private for s in sources)
+        )
+        vertices.append(vertex)
+        consumers.append([])
+        for source in sources:
+            consumers[source].append(index)
+    run.unfinished = len(vertices)
+    run.counts = {VertexState.WAITING.value: len(vertices)}
+    out.touched[run.id_pair] = run
+    out.entering.extend(v for v in vertices if v.waits_for == 0)
+    return run
+
+
+def inputs_of(vertex: Vertex) -> dict[str, list[Ref]]:
+    """Return the contents at each input port of a vertex whose sources are all delivered."""
+    found: dict[str, list[Ref]] = {}
+    for port, sources in vertex.operator.inputs.items():
+        refs: list[Ref] = []
+        for source in sources:
+            if source.ref is not None:
+                refs.append(source.ref)
+                continue
+            outputs = vertex.run.vertices[source.op].outputs
+            assert outputs is not None
+            produced = outputs.get(source.port, [])
+            refs.extend(produced if source.item < 0 else produced[source.item : source.item + 1])
+        found[port] = refs
+    return found
+
+
+def salt_of(state: State, vertex: Vertex) -> bytes:
+    """Return what separates this vertex from equal ones of others; empty where it may be shared."""
+    run, operator = vertex.run, vertex.operator
+    if operator.determinism == "effect" or (operator.determinism == "sampled" and not operator.reusable):
+        return effect_salt(run.tenant, run.id, operator.name)
+    if vertex.is_private:
+        return private_salt(state.tenant_secrets.get(run.tenant, b""), run.tenant)
+    return b""
+
+
+def identify(state: State, vertex: Vertex, inputs: dict[str, list[Ref]]) -> tuple[bytes, dict[str, str]]:
+    """Return operator key and model digests (by role) of a vertex."""
+    pinned = vertex.run.acceptance.models
+    digests = {role: pinned.get(reference, reference) for role, reference in vertex.operator.models.items()}
+    return operator_key(identity_record(vertex.operator, inputs, digests, salt_of(state, vertex))), digests
+
+
+def enter(state: State, vertex: Vertex, out: Outbox) -> None:
+    """Give a vertex its key: attach it to running work, to a known result, or make new work of it."""
+    inputs = inputs_of(vertex)
+    key, digests = identify(state, vertex, inputs)
+    vertex.key = key
+    out.set_state(vertex, VertexState.READY)
+    work = state.works.get(key)
+    if work is not None:
+        attach(vertex, work, out)
+        return
+    work = _new_work(state, vertex, inputs, digests)
+    result = state.results.get(key)
+    if result is None:
+        out.queueing.append(work)
+    else:
+        _ask_for_hit(state, work, result, out)
+
+
+def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digests: dict[str, str]) -> Work:
+    operator = vertex.operator
+    work = Work(
+        vertex.key,
+        operator,
+        inputs,
+        digests,
+        operator.models,
+        batch_key(operator, inputs, digests, vertex.key),
+        state.take_order(),
+        operator.priority,
+        waiters=[vertex],
+    )
+    vertex.work = work
+    state.works[vertex.key] = work
+    return work
+
+
+def attach(vertex: Vertex, work: Work, out: Outbox) -> None:
+    """Let a vertex wait for work that exists already."""
+    vertex.work = work
+    vertex.shared = True
+    work.waiters.append(vertex)
+    work.priority = max(work.priority, vertex.operator.priority)
+    if work.state is WorkState.ASSIGNED:
+        out.set_state(vertex, VertexState.ASSIGNED)
+    elif work.state is WorkState.COMMITTING and work.pending is not None:
+        deliver(vertex, work.pending, out)
+
+
+def _ask_for_hit(state: State, work: Work, result: Result, out: Outbox) -> None:
+    """A result is known: it counts only once holders of all its outputs have confirmed."""
+    work.is_hit = True
+    work.previous = result
+    roots = {ref.cid for refs in result.outputs.values() for ref in refs}
+    if roots:
+        await_roots(state, work, roots, out)
+    else:
+        serve_hit(state, work, out)
+
+
+def await_roots(state: State, work: Work, roots: set[bytes], out: Outbox) -> None:
+    """Park work until it is known who holds these roots."""
+    work.state = WorkState.LOCATING
+    work.awaited = set(roots)
+    for root in roots:
+        waiting = state.locating.setdefault(root, [])
+        if not waiting:
+            out.locate[root] = state.holders(root)
+        waiting.append(work)
+
+
+def serve_hit(state: State, work: Work, out: Outbox) -> None:
+    """Give a verified result to everyone who waits for it."""
+    result = work.previous
+    assert result is not None
+    del state.works[work.key]
+    for vertex in work.waiters:
+        vertex.shared = True
+        vertex.saved_us = result.exec_us
+        deliver(vertex, result, out)
+        settle(state, vertex, result, out)
+
+
+def deliver(vertex: Vertex, result: Result, out: Outbox) -> None:
+    """Let the consumers of a vertex go on from its result."""
+    vertex.outputs = result.outputs
+    vertex.result = result.result
+    vertex.record = result.record
+    vertex.generation = result.generation
+    vertex.exec_us, vertex.load_us = result.exec_us, result.load_us
+    vertex.attempt, vertex.node, vertex.log = result.attempt, result.node, result.log
+    for index in vertex.run.consumers[vertex.index]:
+        consumer = vertex.run.vertices[index]
+        if consumer.state is VertexState.WAITING:
+            consumer.waits_for -= 1
+            if consumer.waits_for == 0:
+                out.entering.append(consumer)
+
+
+def settle(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
+    """The ledger shows the result of a vertex: now it is done."""
+    vertex.work = None
+    if vertex.state.is_final:
+        return
+    out.set_state(vertex, VertexState.DONE)
+    if vertex.shared:
+        vertex.saved_us = result.exec_us
+        vertex.run.saved_us += result.exec_us
+        state.totals["shared"] += 1
+        state.totals["saved_us"] += result.exec_us
+    else:
+        state.totals["executed"] += 1
+
+
+def fail_work(state: State, work: Work, reason: str, error: str, node: str, out: Outbox) -> None:
+    """No further attempt: every waiter fails with the reason, and what depends on it is skipped."""
+    state.works.pop(work.key, None)
+    for vertex in work.waiters:
+        vertex.work = None
+        if not vertex.state.is_final:
+            fail_vertex(vertex, reason, error, node, out)
+
+
+def fail_vertex(vertex: Vertex, reason: str, error: str, node: str, out: Outbox) -> None:
+    """End a vertex with a reason and skip everything downstream."""
+    vertex.reason, vertex.error, vertex.node = reason, error, node
+    run = vertex.run
+    if not run.reason:
+        run.reason, run.detail = (
+            reason,
+            f"operator {vertex.operator.name}: {error}" if error else f"operator {vertex.operator.name}",
+        )
+    out.set_state(vertex, VertexState.FAILED)
+    stack = list(run.consumers[vertex.index])
+    while stack:
+        consumer = run.vertices[stack.pop()]
+        if consumer.state is VertexState.WAITING:
+            consumer.reason = Reason.UPSTREAM_FAILED
+            consumer.error = f"needs {vertex.operator.name}"
+            out.set_state(consumer, VertexState.SKIPPED)
+            stack.extend(run.consumers[consumer.index])
+
+
+def reopen(state: State, vertex: Vertex, out: Outbox) -> None:
+    """The outputs of a finished vertex are lost: it has to be computed again, as the next generation if it differs."""
+    vertex.outputs = None
+    vertex.record = b""
+    for index in vertex.run.consumers[vertex.index]:
+        consumer = vertex.run.vertices[index]
+        if consumer.state is VertexState.WAITING:
+            consumer.waits_for += 1
+    out.set_state(vertex, VertexState.READY)
+    state.totals["repeated"] += 1
+    previous = state.results.pop(vertex.key, None)
+    work = state.works.get(vertex.key)
+    if work is not None:
+        work.waiters.append(vertex)
+        vertex.work = work
+        return
+    inputs = inputs_of(vertex)
+    _, digests = identify(state, vertex, inputs)
+    work = _new_work(state, vertex, inputs, digests)
+    replace_result(work, previous)
+    out.queueing.append(work)
+
+
+def replace_result(work: Work, previous: Result | None) -> None:
+    """Make work produce what replaces a lost result."""
+    work.is_hit = False
+    work.previous = previous
+    if previous is not None:
+        work.generation = previous.generation + 1
+
+
+def detach(state: State, vertex: Vertex, out: Outbox) -> Work | None:
+    """Take a vertex off its work; return the work if nobody waits for it any more."""
+    work, vertex.work = vertex.work, None
+    if work is None:
+        return None
+    work.waiters = [w for w in work.waiters if w is not vertex]
+    return None if work.waiters else work

@@ -1,0 +1,92 @@
+"""Take-over: the state rebuilt from what ledger and streams hold, by evaluating every live run again."""
+
+from __future__ import annotations
+
+from flowmesh_cas.cid import digest_of
+from flowmesh_mesh.catalog import CATALOG
+from flowmesh_mesh.manifest import ResultRecord
+from flowmesh_mesh.messages import Assignment
+from flowmesh_scheduler.core.commands import Release
+from flowmesh_scheduler.core.ending import stop
+from flowmesh_scheduler.core.events import Recovered, RecoveredRun
+from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
+from flowmesh_scheduler.core.state import Outstanding, Result, State, VertexState, WorkState
+
+
+def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> None:
+    """Take in ledger and outstanding assignments. Runs before anything else of an epoch."""
+    for cid, record in event.results:
+        key = digest_of(record.operator)
+        known = state.results.get(key)
+        if known is None or known.generation < record.generation:
+            state.results[key] = _result(cid, record)
+    for end, acceptance in event.ended:
+        state.ended[(end.tenant, end.run)] = (end, acceptance)
+    for found in event.runs:
+        _resume(state, found, out)
+
+
+def _result(cid: bytes, record: ResultRecord) -> Result:
+    metered = record.metered
+    return Result(
+        record.generation,
+        record.result,
+        record.outputs,
+        cid,
+        metered.exec_us,
+        metered.load_us,
+        record.attempt,
+        record.receipt.node,
+        record.log,
+    )
+
+
+def _resume(state: State, found: RecoveredRun, out: Outbox) -> None:
+    """Evaluate a run against the ledger: its own results stand without being asked for again."""
+    run = start_run(state, found.acceptance, found.manifest, out)
+    out.entering.clear()
+    fronts = [v for v in run.vertices if v.waits_for == 0]
+    while fronts:
+        vertex = fronts.pop()
+        key, _ = identify(state, vertex, inputs_of(vertex))
+        result = state.results.get(key)
+        if result is None:
+            continue
+        vertex.key = key
+        deliver(vertex, result, out)
+        settle(state, vertex, result, out)
+        fronts.extend(out.entering)
+        out.entering.clear()
+    out.entering.extend(v for v in run.vertices if v.waits_for == 0 and v.state is VertexState.WAITING)
+    if found.cancelled_by:
+        run.cancelled_by = found.cancelled_by
+        out.entering.clear()
+        stop(state, run, "cancelled", found.cancelled_by, out)
+
+
+def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> None:
+    """An assignment of an earlier epoch goes on where its node is known; otherwise it is released."""
+    node = state.nodes.get(assignment.node)
+    works = {}
+    for item in assignment.items:
+        work = state.works.get(item.key)
+        if work is not None and work.state in (WorkState.QUEUED, WorkState.LOCATING) and not work.is_hit:
+            works[item.key] = (work, item)
+    if node is None or not works:
+        out.add(Release(assignment.id, assignment.node))
+        return
+    executor = CATALOG[assignment.type].executor
+    for work, item in works.values():
+        work.state = WorkState.ASSIGNED
+        work.assignment = assignment.id
+        work.attempts = max(work.attempts, item.attempt)
+        work.generation = item.generation
+        work.issued[assignment.id] = item.attempt
+        for vertex in work.waiters:
+            vertex.node = assignment.node
+            out.set_state(vertex, VertexState.ASSIGNED)
+    open_works = {key: work for key, (work, _) in works.items()}
+    state.assignments[assignment.id] = Outstanding(assignment.id, assignment.node, executor, open_works, len(open_works), now_us)
+    node.assignments.add(assignment.id)
+    node.busy[executor] = node.busy.get(executor, 0) + 1

@@ -1,0 +1,51 @@
+"""Settings of the core; read once, passed down."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may be tuned about decisions. Unknown keys are an error."""
+
+    node_lease_us: int = 5_000_000
+    """A node that sent no heartbeat for this long has lost what it held. Five beats of one second."""
+
+    suspicion_us: int = 300_000
+    """After the broker saw a node's connection end, cheap work is started elsewhere once this has passed."""
+
+    nodes_lost_limit: int = 3
+    """An operator that took this many nodes with it is poison: it is not tried again."""
+
+    batch_limit: dict[str, int] = msgspec.field(
+        default_factory=lambda: {"inline": 500, "data": 32, "engine": 16, "train": 1, "user": 8}
+    )
+    """Most operators in one assignment, by kind of executor: bounds what one lost node costs."""
+
+    batch_floor: dict[str, int] = msgspec.field(
+        default_factory=lambda: {"inline": 64, "data": 1, "engine": 1, "train": 1, "user": 1}
+    )
+    """Fewest operators in one assignment while there are more: a message to the broker costs more than some of them."""
+
+    depth_limit: dict[str, int] = msgspec.field(
+        default_factory=lambda: {"inline": 3, "data": 2, "engine": 1, "train": 1, "user": 2}
+    )
+    """Most assignments of a kind outstanding on one node; above 1 hides the round trip behind the work."""
+
+    bandwidth_bytes_per_s: float = 100e6
+    """Assumed rate of a transfer between nodes until it has been measured."""
+
+    model_load_s: float = 10.0
+    """Assumed time to load a model that is not resident, until it has been measured."""
+
+    operator_s: float = 0.1
+    """Assumed time of one operator of a type never seen."""
+
+    price_per_hour: float = 0.5
+    """Dollars per hour of a node that names no price: keeps the terms of the utility comparable."""
+
+    lease_s: float = 10.0
+    """Lease of an assignment as told to the node, renewed by its heartbeat."""
+
+    run_history: int = 200
+    """Ended runs that stay in memory for questions; older ones are read from the ledger again."""

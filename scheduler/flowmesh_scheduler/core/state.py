@@ -1,0 +1,238 @@
+"""The scheduler's state: runs and their vertices, work by operator key, nodes, assignments.
+
+All of it is rebuilt from ledger, manifests and streams by a new leader; nothing here is authority.
+Classes are plain and slotted: there may be a million vertices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref, RunEnd
+from flowmesh_mesh.messages import NodeRecord
+from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.core.settings import Settings
+
+
+class VertexState(Enum):
+    """Life of an operator in a run."""
+
+    WAITING = "waiting"
+    READY = "ready"
+    ASSIGNED = "assigned"
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in _FINAL
+
+
+_FINAL = frozenset({VertexState.DONE, VertexState.FAILED, VertexState.SKIPPED, VertexState.CANCELLED})
+
+
+class WorkState(Enum):
+    """Life of the work behind one operator key.
+
+    LOCATING: waiting to hear who holds the result (a hit) or the inputs. QUEUED: in the pool. ASSIGNED: on a node.
+    COMMITTING: its result is on the way into the ledger.
+    """
+
+    LOCATING = "locating"
+    QUEUED = "queued"
+    ASSIGNED = "assigned"
+    COMMITTING = "committing"
+
+
+@dataclass(slots=True, eq=False)
+class Vertex:
+    """One operator of one run."""
+
+    run: Run
+    index: int
+    operator: Operator
+    waits_for: int
+    state: VertexState = VertexState.WAITING
+    work: Work | None = None
+    key: bytes = b""
+    generation: int = 0
+    outputs: Mapping[str, list[Ref]] | None = None
+    result: bytes = b""
+    record: bytes = b""
+    reason: str = ""
+    error: str = ""
+    node: str = ""
+    attempt: int = 0
+    shared: bool = False
+    is_private: bool = False
+    saved_us: int = 0
+    exec_us: int = 0
+    load_us: int = 0
+    started_at_us: int = 0
+    ended_at_us: int = 0
+    log: Ref | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One execution of a workflow."""
+
+    tenant: str
+    id: str
+    manifest: Manifest
+    acceptance: Acceptance
+    vertices: list[Vertex] = field(default_factory=list)
+    consumers: list[list[int]] = field(default_factory=list)
+    unfinished: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    changes: list[tuple[int, str, str, str, bool]] = field(default_factory=list)
+    cancelled_by: str = ""
+    reason: str = ""
+    detail: str = ""
+    actor: str = ""
+    keeping: bool = False
+    kept: bool = False
+    end: RunEnd | None = None
+    saved_us: int = 0
+    deadline_us: int = 0
+
+    @property
+    def id_pair(self) -> tuple[str, str]:
+        return (self.tenant, self.id)
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """The execution behind one operator key; every vertex with that key waits for it."""
+
+    key: bytes
+    operator: Operator
+    inputs: Mapping[str, list[Ref]]
+    model_digests: Mapping[str, str]
+    models: Mapping[str, str]
+    batch_key: str
+    order: int
+    priority: int
+    state: WorkState = WorkState.QUEUED
+    waiters: list[Vertex] = field(default_factory=list)
+    generation: int = 0
+    attempts: int = 0
+    failures: int = 0
+    nodes_lost: int = 0
+    avoided: set[str] = field(default_factory=set)
+    issued: dict[str, int] = field(default_factory=dict)
+    assignment: str = ""
+    not_before_us: int = 0
+    awaited: set[bytes] = field(default_factory=set)
+    is_hit: bool = False
+    previous: Result | None = None
+    pending: Result | None = None
+
+    def roots(self) -> list[bytes]:
+        """Return the roots of the inputs and the code."""
+        found = [ref.cid for refs in self.inputs.values() for ref in refs]
+        if self.operator.code is not None:
+            found.append(self.operator.code.cid)
+        return found
+
+
+@dataclass(slots=True, eq=False)
+class Result:
+    """What the ledger holds for an operator key, and how dear it was."""
+
+    generation: int
+    result: bytes
+    outputs: Mapping[str, list[Ref]]
+    record: bytes
+    exec_us: int
+    load_us: int
+    attempt: int
+    node: str
+    log: Ref | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A node as the leader knows it."""
+
+    record: NodeRecord
+    last_beat_us: int
+    state: str = "active"
+    disconnected_at_us: int = 0
+    assignments: set[str] = field(default_factory=set)
+    busy: dict[str, int] = field(default_factory=dict)
+    resident: frozenset[str] = frozenset()
+    load: float = 0.0
+    running: int = 0
+    memory_free_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.record.node
+
+    @property
+    def is_usable(self) -> bool:
+        return self.state == "active" and not self.disconnected_at_us
+
+
+@dataclass(slots=True, eq=False)
+class Outstanding:
+    """An assignment on a node: which work is still open."""
+
+    id: str
+    node: str
+    executor: str
+    open: dict[bytes, Work]
+    running: int
+    assigned_at_us: int
+    confirmed: list[tuple[bytes, int, bytes]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Speed:
+    """What was measured of one (type, model): smoothed seconds per operator and per load."""
+
+    operator_s: float
+    load_s: float
+    samples: int = 0
+
+
+@dataclass(slots=True)
+class State:
+    """Everything that the core knows."""
+
+    settings: Settings
+    epoch: int = 0
+    runs: dict[tuple[str, str], Run] = field(default_factory=dict)
+    ended: dict[tuple[str, str], tuple[RunEnd, Acceptance | None]] = field(default_factory=dict)
+    works: dict[bytes, Work] = field(default_factory=dict)
+    results: dict[bytes, Result] = field(default_factory=dict)
+    pool: dict[str, list[tuple[int, int, int, Work]]] = field(default_factory=dict)
+    delayed: list[tuple[int, int, Work]] = field(default_factory=list)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    assignments: dict[str, Outstanding] = field(default_factory=dict)
+    places: dict[bytes, set[str]] = field(default_factory=dict)
+    locating: dict[bytes, list[Work]] = field(default_factory=dict)
+    speeds: dict[tuple[str, str], Speed] = field(default_factory=dict)
+    is_cut_off: bool = False
+    next_order: int = 0
+    next_assignment: int = 0
+    totals: dict[str, int] = field(default_factory=lambda: {"executed": 0, "shared": 0, "saved_us": 0, "repeated": 0})
+    tenant_secrets: dict[str, bytes] = field(default_factory=dict)
+
+    def take_order(self) -> int:
+        """Return the next number of arrival."""
+        self.next_order += 1
+        return self.next_order
+
+    def holders(self, root: bytes) -> list[str]:
+        """Return who is believed to hold a root: usable nodes, and the hub."""
+        return [name for name in self.places.get(root, ()) if name == HUB or self._is_reachable(name)]
+
+    def _is_reachable(self, name: str) -> bool:
+        node = self.nodes.get(name)
+        return node is not None and node.state != "gone" and not node.disconnected_at_us
