@@ -1,0 +1,617 @@
+"""The bus: everything that crosses the broker goes through here, and nothing else imports its client library.
+
+``publish`` and ``subscribe`` are core messages (at most once). ``store`` writes to a stream and returns when the broker
+has it on disk. Every call has a deadline; a call in flight when the link is lost fails at once and says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import logging
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from flowmesh_cas.errors import InternalError, NotFoundError, TransientError, UsageError
+from flowmesh_mesh.connection import Connection, CredentialsRefusedError
+from flowmesh_mesh.credentials import Credentials
+from flowmesh_mesh.delivery import (
+    MESSAGE_ID,
+    STATUS,
+    AlreadyStoredError,
+    ApiError,
+    Delivery,
+    Expect,
+    NoAnswerError,
+    NotAllowedError,
+    StoredMessage,
+    StreamFullError,
+    UnknownOutcomeError,
+    error_of,
+    format_headers,
+    parse_headers,
+)
+from flowmesh_mesh.pull import Callback, Pull
+from flowmesh_mesh.streams import ConsumerConfig, StreamConfig
+
+__all__ = [
+    "AlreadyStoredError",
+    "Bus",
+    "CredentialsRefusedError",
+    "Delivery",
+    "Expect",
+    "NoAnswerError",
+    "NotAllowedError",
+    "Pull",
+    "StoredMessage",
+    "StreamFullError",
+    "StreamState",
+    "Subscription",
+    "UnknownOutcomeError",
+]
+
+log = logging.getLogger("flowmesh.bus")
+
+BATCH_MAX_MESSAGES = 1000
+BACKLOG_MAX_MESSAGES = 65_536
+"""Messages that wait for a subscription's coroutine; beyond, the newest are dropped and logged."""
+
+_BAD_SUBJECT = re.compile(r"[\s]|^\.|\.\.|\.$|^$")
+_VIOLATION = re.compile(r'publish to "([^"]+)"')
+
+T = TypeVar("T")
+
+
+class StreamState(msgspec.Struct, frozen=True):
+    """What a stream holds."""
+
+    messages: int = 0
+    bytes: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+    consumer_count: int = 0
+    num_subjects: int = 0
+    num_deleted: int = 0
+    subjects: dict[str, int] = {}
+
+
+class _StreamInfo(msgspec.Struct, frozen=True):
+    config: dict[str, Any] = {}
+    state: StreamState = StreamState()
+    error: ApiError | None = None
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    error: ApiError | None = None
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+    count: int = 0
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    subject: str
+    seq: int
+    hdrs: str = ""
+    data: str = ""
+
+
+class _Message(msgspec.Struct, frozen=True):
+    message: _Kept | None = None
+    error: ApiError | None = None
+
+
+class _Done(msgspec.Struct, frozen=True):
+    error: ApiError | None = None
+    success: bool = False
+    num_pending: int = 0
+
+
+_decode_stored = msgspec.json.Decoder(_Stored).decode
+
+
+class _Request:
+    """A request in flight."""
+
+    __slots__ = ("future", "subject")
+
+    def __init__(self, subject: str, future: asyncio.Future[tuple[bytes, bytes | None]]) -> None:
+        self.subject = subject
+        self.future = future
+
+
+class Subscription:
+    """A core subscription. Coroutines run one at a time and in order; what they raise is logged."""
+
+    def __init__(self, bus: Bus, subject: str, queue: str, callback: Callback) -> None:
+        self._bus = bus
+        self._callback = callback
+        self._backlog: deque[Delivery] = deque()
+        self._wake = asyncio.Event()
+        self.subject = subject
+        self._worker = asyncio.create_task(self._work()) if inspect.iscoroutinefunction(callback) else None
+        self._number = bus.connection.listen(subject, self._receive, queue)
+
+    def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        delivery = Delivery(self._bus, subject.decode(), reply.decode(), data, headers)
+        if self._worker is None:
+            self._callback(delivery)
+        elif len(self._backlog) < BACKLOG_MAX_MESSAGES:
+            self._backlog.append(delivery)
+            self._wake.set()
+        else:
+            log.warning("subscription to %s is too slow: dropped a message", self.subject)
+
+    async def _work(self) -> None:
+        while True:
+            if not self._backlog:
+                self._wake.clear()
+                await self._wake.wait()
+            delivery = self._backlog.popleft()
+            try:
+                result = self._callback(delivery)
+                if result is not None:
+                    await result
+            except Exception:
+                log.exception("callback for %s failed", delivery.subject)
+
+    async def unsubscribe(self) -> None:
+        """End the subscription; what waits is dropped."""
+        self._bus.connection.unlisten(self._number)
+        self._bus.forget(self)
+        if self._worker is not None and self._worker is not asyncio.current_task():
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+
+
+Notice = Callable[[], Awaitable[None] | None]
+
+
+class Bus:
+    """A connection to the mesh's broker. Made by :meth:`connect`."""
+
+    def __init__(self, connection: Connection, urls: Sequence[str], inbox: str) -> None:
+        self.connection = connection
+        self.urls = tuple(urls)
+        self._inbox = inbox
+        self._inbox_count = 0
+        self._requests: dict[str, _Request] = {}
+        self._request_count = 0
+        self._request_prefix = ""
+        self._pulls: set[Pull] = set()
+        self._subscriptions: set[Subscription] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_up = asyncio.Event()
+        self._is_closed = False
+        self._loop = asyncio.get_running_loop()
+        self._notices: dict[str, Notice] = {}
+        self._on_error: Callable[[Exception], Any] | None = None
+
+    @classmethod
+    async def connect(
+        cls,
+        urls: str | Sequence[str],
+        credentials: Credentials | None,
+        *,
+        name: str,
+        inbox: str,
+        deadline_s: float = 10.0,
+        on_disconnect: Notice | None = None,
+        on_reconnect: Notice | None = None,
+        on_error: Callable[[Exception], Any] | None = None,
+    ) -> Bus:
+        """Connect within ``deadline_s``; raise TransientError when no broker answers, CredentialsRefusedError when it refuses.
+
+        ``inbox`` is the prefix on which these credentials may listen (``credentials.inbox``). ``on_error`` hears of faults that
+        belong to no call, such as a refused subscription.
+        """
+        urls = [urls] if isinstance(urls, str) else list(urls)
+        connection = Connection()
+        unique = connection._nuid.next().decode()
+        bus = cls(connection, urls, f"{inbox}.{unique}")
+        connection.on_drop = bus._drop
+        connection.on_violation = bus._refuse
+        bus._on_error = on_error
+        bus._notices = {
+            name: notice for name, notice in (("disconnect", on_disconnect), ("reconnect", on_reconnect)) if notice is not None
+        }
+        await connection.open(
+            urls,
+            credentials,
+            name=name,
+            inbox=inbox,
+            deadline_s=deadline_s,
+            reconnected_cb=bus._reconnected,
+            error_cb=bus._report,
+        )
+        bus._request_prefix = f"{bus._inbox}.r."
+        connection.listen(f"{bus._request_prefix}*", bus._answer)
+        bus._is_up.set()
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        return bool(self.connection.is_connected)
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Largest message that the broker takes, headers included."""
+        return int(self.connection.max_payload)
+
+    def new_inbox(self) -> str:
+        """Return a subject on which only this connection listens."""
+        self._inbox_count += 1
+        return f"{self._inbox}.{self._inbox_count}"
+
+    # --- changes of the connection
+
+    def _drop(self) -> None:
+        """Fail what is in flight: its answer cannot come any more."""
+        self._is_up.clear()
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            if not request.future.done():
+                request.future.set_exception(
+                    UnknownOutcomeError(f"the connection was lost while waiting for {request.subject}", retry_after_s=0.1)
+                )
+        self._notify("disconnect")
+
+    async def _reconnected(self) -> None:
+        self._is_up.set()
+        for pull in list(self._pulls):
+            pull.start()
+        self._notify("reconnect")
+
+    def _notify(self, event: str) -> None:
+        notice = self._notices.get(event)
+        if notice is None or self._is_closed:
+            return
+        try:
+            result = notice()
+        except Exception:
+            log.exception("on_%s failed", event)
+            return
+        if inspect.isawaitable(result):
+            task = asyncio.ensure_future(_guard(result, f"on_{event}"))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _report(self, error: Exception) -> None:
+        log.debug("connection: %s", error)
+        if self._on_error is not None and not self._is_closed:
+            result = self._on_error(error)
+            if inspect.isawaitable(result):
+                await result
+
+    def _refuse(self, text: str) -> None:
+        """Fail the requests to a subject that the broker refused; it names the subject in lower case."""
+        found = _VIOLATION.search(text)
+        if found is None:
+            return
+        for token, request in list(self._requests.items()):
+            if request.subject.lower() == found.group(1) and not request.future.done():
+                del self._requests[token]
+                request.future.set_exception(
+                    NotAllowedError(
+                        f"these credentials may not publish to {request.subject}", hint="Use credentials of the right role."
+                    )
+                )
+
+    async def _wait_up(self, timeout_s: float) -> None:
+        if self.connected:
+            return
+        if self._is_closed or self.connection.is_closed:
+            raise TransientError("the connection to the broker is closed", hint="Connect again.")
+        try:
+            await asyncio.wait_for(self._is_up.wait(), timeout_s)
+        except TimeoutError as error:
+            raise TransientError(
+                "not connected to the broker", hint="Check that the mesh is up; reconnection goes on by itself."
+            ) from error
+
+    # --- core messages
+
+    def post(self, subject: str, data: bytes = b"", *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Publish without waiting for anything, from any code that runs in the loop."""
+        if _BAD_SUBJECT.search(subject):
+            raise UsageError(f"bad subject {subject!r}", hint="A subject is a row of non-empty tokens without spaces.")
+        if headers:
+            raw = format_headers(headers)
+            size = len(raw) + len(data)
+            command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (subject.encode(), reply.encode(), len(raw), size, raw, data)
+        else:
+            size = len(data)
+            command = b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), size, data)
+        if size > self.connection.max_payload:
+            raise UsageError(
+                f"message to {subject} has {size} bytes, the broker takes {self.connection.max_payload}",
+                hint="Put large content into the store and send its CID.",
+            )
+        if self._is_closed:
+            raise TransientError("the connection to the broker is closed", hint="Connect again.")
+        self.connection.send(command)
+
+    async def publish(
+        self, subject: str, data: bytes = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a core message: at most once, kept for a while when disconnected."""
+        self.post(subject, data, reply=reply, headers=headers)
+        await self.connection.wait_writable()
+
+    async def request(
+        self, subject: str, data: bytes = b"", *, timeout_s: float = 2.0, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        """Ask and return the first answer.
+
+        Raise NoAnswerError at once when nobody listens, UnknownOutcomeError when no answer came in ``timeout_s`` or the link was
+        lost, TransientError when there is no connection.
+        """
+        answer, raw = await self._ask(subject, data, timeout_s, headers)
+        if raw is not None and parse_headers(raw).get(STATUS) == "503":
+            raise NoAnswerError(
+                f"nobody answers on {subject}", hint="The other side is not running or is starting.", retry_after_s=0.1
+            )
+        return answer
+
+    async def _ask(
+        self, subject: str, data: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
+    ) -> tuple[bytes, bytes | None]:
+        if not self.connected:
+            await self._wait_up(timeout_s)
+        self._request_count += 1
+        token = str(self._request_count)
+        future: asyncio.Future[tuple[bytes, bytes | None]] = self._loop.create_future()
+        self._requests[token] = _Request(subject, future)
+        timer = self._loop.call_later(timeout_s, self._expire, token, timeout_s)
+        try:
+            self.post(subject, data, reply=self._request_prefix + token, headers=headers)
+            return await future
+        finally:
+            timer.cancel()
+            self._requests.pop(token, None)
+
+    def _expire(self, token: str, timeout_s: float) -> None:
+        request = self._requests.pop(token, None)
+        if request is not None and not request.future.done():
+            request.future.set_exception(UnknownOutcomeError(f"no answer from {request.subject} within {timeout_s:g} s"))
+
+    def _answer(self, subject: bytes, _reply: bytes, data: bytes, headers: bytes | None) -> None:
+        request = self._requests.pop(subject[len(self._request_prefix) :].decode(), None)
+        if request is not None and not request.future.done():
+            request.future.set_result((data, headers))
+
+    async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
+        """Listen to core messages; with ``queue`` each message goes to one member of the group.
+
+        A plain function is called in the read loop and must be quick; a coroutine function runs in a task of its own.
+        """
+        if _BAD_SUBJECT.search(subject):
+            raise UsageError(f"bad subject {subject!r}", hint="A subject is a row of non-empty tokens without spaces.")
+        subscription = Subscription(self, subject, queue, callback)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    # --- streams
+
+    async def store(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        message_id: str = "",
+        expect: Expect | None = None,
+        headers: Mapping[str, str] | None = None,
+        ttl_s: float | None = None,
+        timeout_s: float = 2.0,
+    ) -> int:
+        """Write to the stream of ``subject``; return the sequence once it is durable.
+
+        Raise FencedError when ``expect`` does not hold, AlreadyStoredError on a write-once subject, UnknownOutcomeError when no
+        answer came (repeat with the same ``message_id``), NoAnswerError when no stream takes the subject. A ``message_id`` seen
+        before is not stored again and gives the first sequence.
+        """
+        fields = dict(headers) if headers else {}
+        if message_id:
+            fields[MESSAGE_ID] = message_id
+        if expect is not None:
+            fields.update(expect.headers())
+        if ttl_s is not None:
+            fields["Nats-TTL"] = f"{max(1000, int(ttl_s * 1000))}ms"
+        answer, raw = await self._ask(subject, data, timeout_s, fields)
+        return _sequence(answer, raw, subject)
+
+    async def store_batch(
+        self, messages: Sequence[tuple[str, bytes]], *, expect: Expect | None = None, timeout_s: float = 5.0
+    ) -> int:
+        """Write up to 1000 messages to one stream, all or none; return the last sequence.
+
+        ``expect`` is checked when the batch is committed. A batch whose answer is lost has an unknown outcome: read back.
+        """
+        if not messages:
+            raise InternalError("an empty batch")
+        if len(messages) > BATCH_MAX_MESSAGES:
+            raise UsageError(
+                f"a batch holds {len(messages)} messages, at most {BATCH_MAX_MESSAGES} are possible", hint="Split it."
+            )
+        if len(messages) == 1:
+            return await self.store(messages[0][0], messages[0][1], expect=expect, timeout_s=timeout_s)
+        if not self.connected:
+            await self._wait_up(timeout_s)
+        batch = self.connection._nuid.next().decode()
+        last = len(messages)
+        for position, (subject, data) in enumerate(messages[:-1], 1):
+            fields = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(position)}
+            if position == 1 and expect is not None:
+                fields.update(expect.headers())
+            self.post(subject, data, headers=fields)
+            if position % 64 == 0:
+                await self.connection.wait_writable()
+        subject, data = messages[-1]
+        fields = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(last), "Nats-Batch-Commit": "1"}
+        answer, raw = await self._ask(subject, data, timeout_s, fields)
+        return _sequence(answer, raw, subject)
+
+    async def _api(self, subject: str, body: Any, kind: type[T], what: str, timeout_s: float = 5.0) -> T:
+        """Ask the stream API; raise our error when it answers with one."""
+        data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        try:
+            answer = await self.request(f"$JS.API.{subject}", data, timeout_s=timeout_s)
+        except NoAnswerError as error:
+            raise TransientError(
+                f"{what}: the broker's streams are not ready", hint="The broker is starting: try again."
+            ) from error
+        decoded = msgspec.json.decode(answer, type=kind)
+        error_body: ApiError | None = getattr(decoded, "error", None)
+        if error_body is not None:
+            raise error_of(error_body, what)
+        return decoded
+
+    async def last_message(self, stream: str, subject: str) -> StoredMessage | None:
+        """Return the last message of ``subject`` as the stream's leader knows it; None when there is none."""
+        return await self._read(stream, {"last_by_subj": subject})
+
+    async def message(self, stream: str, seq: int) -> StoredMessage | None:
+        """Return the message with sequence ``seq`` as the stream's leader knows it; None when there is none."""
+        return await self._read(stream, {"seq": seq})
+
+    async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:
+        try:
+            found = await self._api(f"STREAM.MSG.GET.{stream}", query, _Message, f"reading {stream}")
+        except NotFoundError as error:
+            if "no message found" in error.message:
+                return None
+            raise
+        if found.message is None:
+            return None
+        kept = found.message
+        headers = parse_headers(base64.b64decode(kept.hdrs)) if kept.hdrs else {}
+        return StoredMessage(kept.subject, base64.b64decode(kept.data), kept.seq, headers)
+
+    async def pull(self, stream: str, consumer: str, callback: Callback, *, batch: int = 500, expires_s: float = 30.0) -> Pull:
+        """Deliver the messages of a durable consumer to ``callback`` until the pull is stopped.
+
+        It waits for a consumer that does not exist yet, and outlives reconnections and restarts of the broker.
+        """
+        pull = Pull(self, stream, consumer, callback, batch=batch, expires_s=expires_s)
+        self._pulls.add(pull)
+        pull.start()
+        return pull
+
+    def read_stream(self, stream: str, subject_filter: str = "", from_seq: int = 1) -> AsyncIterator[StoredMessage]:
+        """Iterate over what the stream holds now, in order; messages that come later are not included."""
+        from flowmesh_mesh.replay import read_stream
+
+        return read_stream(self, stream, subject_filter, from_seq)
+
+    async def ensure_stream(self, config: StreamConfig) -> StreamState:
+        """Create the stream, or bring it to ``config``; what can only be set at creation stays as it is."""
+        what = f"stream {config.name}"
+        try:
+            found = await self._api(f"STREAM.INFO.{config.name}", b"", _StreamInfo, what)
+        except NotFoundError:
+            created = await self._api(f"STREAM.CREATE.{config.name}", config, _StreamInfo, what)
+            return created.state
+        wanted = msgspec.to_builtins(config)
+        wanted.pop("first_seq", None)
+        if any(found.config.get(name) != value for name, value in wanted.items()):
+            merged = {**found.config, **wanted}
+            found = await self._api(f"STREAM.UPDATE.{config.name}", merged, _StreamInfo, what)
+        return found.state
+
+    async def stream_state(self, stream: str, *, subjects: str = "") -> StreamState | None:
+        """Return what a stream holds, None when it does not exist; ``subjects`` is a filter of subjects to count."""
+        body = {"subjects_filter": subjects} if subjects else b""
+        try:
+            return (await self._api(f"STREAM.INFO.{stream}", body, _StreamInfo, f"stream {stream}")).state
+        except NotFoundError:
+            return None
+
+    async def ensure_consumer(self, stream: str, config: ConsumerConfig) -> int:
+        """Create the consumer or bring it to ``config``; return how many messages wait for it."""
+        body = {"stream_name": stream, "config": msgspec.to_builtins(config)}
+        subject = f"CONSUMER.CREATE.{stream}.{config.name}" + (f".{config.filter_subject}" if config.filter_subject else "")
+        return (await self._api(subject, body, _Done, f"consumer {config.name} of {stream}")).num_pending
+
+    async def delete_consumer(self, stream: str, consumer: str) -> None:
+        """Delete a consumer; it is no error when there is none."""
+        try:
+            await self._api(f"CONSUMER.DELETE.{stream}.{consumer}", b"", _Done, f"consumer {consumer} of {stream}")
+        except NotFoundError:
+            return
+
+    async def delete_message(self, stream: str, seq: int) -> bool:
+        """Delete one message; tell whether it was there."""
+        try:
+            await self._api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True}, _Done, f"message {seq} of {stream}")
+        except InternalError as error:
+            if "(10057)" in error.message or "not found" in error.message:
+                return False
+            raise
+        except NotFoundError:
+            return False
+        return True
+
+    async def purge(self, stream: str, subject: str = "") -> None:
+        """Delete all messages, or those of ``subject`` (wildcards allowed)."""
+        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject} if subject else b"", _Done, f"purging {stream}")
+
+    async def delete_stream(self, stream: str) -> None:
+        """Delete a stream and all it holds; it is no error when there is none."""
+        try:
+            await self._api(f"STREAM.DELETE.{stream}", b"", _Done, f"stream {stream}")
+        except NotFoundError:
+            return
+
+    # --- the end
+
+    async def flush(self, timeout_s: float = 5.0) -> None:
+        """Wait until the broker has taken everything sent so far; raise TransientError otherwise."""
+        try:
+            await self.connection.flush(timeout_s)
+        except Exception as error:
+            raise UnknownOutcomeError("the broker did not confirm what was sent") from error
+
+    def forget(self, ended: Pull | Subscription) -> None:
+        """Drop an ended pull or subscription."""
+        self._pulls.discard(ended)
+        self._subscriptions.discard(ended)
+
+    async def close(self) -> None:
+        """End pulls and subscriptions, send what is pending, and close; never raises and ends within seconds."""
+        if self._is_closed:
+            return
+        await asyncio.gather(
+            *(pull.stop() for pull in list(self._pulls)),
+            *(subscription.unsubscribe() for subscription in list(self._subscriptions)),
+            return_exceptions=True,
+        )
+        self._is_closed = True
+        self._drop()
+        await self.connection.shut()
+
+
+async def _guard(awaitable: Awaitable[None], what: str) -> None:
+    try:
+        await awaitable
+    except Exception:
+        log.exception("%s failed", what)
+
+
+def _sequence(answer: bytes, raw: bytes | None, subject: str) -> int:
+    """Return the sequence in the broker's acknowledgement, or raise what it says."""
+    if raw is not None and parse_headers(raw).get(STATUS) == "503":
+        raise NoAnswerError(
+            f"no stream takes {subject}", hint="The broker or the leader is starting: try again.", retry_after_s=0.1
+        )
+    try:
+        stored = _decode_stored(answer)
+    except msgspec.DecodeError as error:
+        raise InternalError(f"unreadable acknowledgement for {subject}: {answer[:100]!r}") from error
+    if stored.error is not None:
+        raise error_of(stored.error, subject)
+    return stored.seq

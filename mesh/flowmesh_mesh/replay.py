@@ -1,0 +1,125 @@
+"""Reading a stream from beginning to end, fast, without leaving anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from flowmesh_cas.errors import NotFoundError, TransientError
+from flowmesh_mesh.delivery import StoredMessage, ack_tokens, parse_headers
+from flowmesh_mesh.streams import SECOND_NS, ConsumerConfig
+
+if TYPE_CHECKING:
+    from flowmesh_mesh.bus import Bus
+
+_BATCH = 5000
+_STALL_S = 5.0
+_ATTEMPTS = 20
+
+
+class _Reader:
+    """One ephemeral consumer that delivers in order until ``until_seq``."""
+
+    def __init__(self, bus: Bus, stream: str, until_seq: int) -> None:
+        self._bus = bus
+        self._stream = stream
+        self._until_seq = until_seq
+        self._name = f"read_{bus.new_inbox().replace('.', '_')}"
+        self._inbox = bus.new_inbox()
+        self._number = 0
+        self._left = 0
+        self._is_done = False
+        self._wake = asyncio.Event()
+        self._messages: deque[StoredMessage] = deque()
+
+    async def open(self, subject_filter: str, from_seq: int) -> int:
+        """Create the consumer; return how many messages it has to deliver."""
+        config = ConsumerConfig(
+            self._name,
+            filter_subject=subject_filter,
+            deliver_policy="by_start_sequence",
+            opt_start_seq=max(1, from_seq),
+            ack_policy="none",
+            inactive_threshold=30 * SECOND_NS,
+            mem_storage=True,
+            num_replicas=1,
+        )
+        self._number = self._bus.connection.listen(self._inbox, self._receive)
+        return await self._bus.ensure_consumer(self._stream, config)
+
+    def ask(self) -> None:
+        self._left = _BATCH
+        request = b'{"batch":%d,"expires":%d,"no_wait":true}' % (_BATCH, 2 * SECOND_NS)
+        self._bus.post(f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._name}", request, reply=self._inbox)
+
+    def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        if not reply.startswith(b"$JS.ACK"):
+            self._is_done = True  # nothing is left, or the consumer is gone: the caller tells by the sequence
+        else:
+            _, seq_text, _, _, pending = ack_tokens(reply.decode())
+            seq = int(seq_text)
+            if seq <= self._until_seq:
+                self._messages.append(StoredMessage(subject.decode(), data, seq, parse_headers(headers) if headers else {}))
+            self._is_done = seq >= self._until_seq or pending == "0"
+            self._left -= 1
+            if self._left == 0 and not self._is_done:
+                self.ask()
+        self._wake.set()
+
+    async def batches(self) -> AsyncIterator[deque[StoredMessage]]:
+        """Yield what has arrived, until the end or until nothing comes for a while."""
+        self.ask()
+        while not self._is_done or self._messages:
+            if not self._messages:
+                self._wake.clear()
+                try:
+                    await asyncio.wait_for(self._wake.wait(), _STALL_S)
+                except TimeoutError:
+                    return
+            found, self._messages = self._messages, deque()
+            yield found
+
+    async def close(self) -> None:
+        self._bus.connection.unlisten(self._number)
+        if self._bus.connected:
+            try:
+                await self._bus.delete_consumer(self._stream, self._name)
+            except TransientError:
+                return  # the broker drops it after its inactive threshold
+
+
+async def read_stream(bus: Bus, stream: str, subject_filter: str = "", from_seq: int = 1) -> AsyncIterator[StoredMessage]:
+    """Iterate over the messages of ``stream`` up to its last sequence at the time of the call, in order.
+
+    A lost connection or consumer is bridged from the last message read. Raise NotFoundError when there is no such stream,
+    TransientError when the broker stays away.
+    """
+    state = await bus.stream_state(stream)
+    if state is None:
+        raise NotFoundError(f"no stream {stream}")
+    until_seq, next_seq, failures = state.last_seq, max(1, from_seq), 0
+    while next_seq <= until_seq:
+        reader = _Reader(bus, stream, until_seq)
+        start_seq = next_seq
+        try:
+            waiting = await reader.open(subject_filter, next_seq)
+            if not waiting:
+                return
+            async for found in reader.batches():
+                for message in found:
+                    yield message
+                    next_seq = message.seq + 1
+        except TransientError:
+            failures += 1
+            if failures >= _ATTEMPTS:
+                raise
+            await asyncio.sleep(0.1)
+            continue
+        finally:
+            await reader.close()
+        if next_seq == start_seq:
+            failures += 1
+            if failures >= _ATTEMPTS:
+                raise TransientError(f"reading {stream} does not get on", hint="Check the broker.")
