@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from statistics import median
 
 from tests.tidy.tree import modules, shown, text_of
@@ -38,9 +37,3 @@ def test_every_public_class_says_what_it_is() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
                 silent.append(f"{shown(path)}: {node.name}")
     assert not silent
-
-
-def test_units_come_last_in_names_of_fields() -> None:
-    pattern = re.compile(r"^    (?:seconds|secs|bytes|us|ms)_\w+: (?:int|float)", re.MULTILINE)
-    wrong = [f"{shown(path)}: {found.group().strip()}" for path in modules() for found in pattern.finditer(text_of(path))]
-    assert not wrong
