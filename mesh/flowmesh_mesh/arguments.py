@@ -1,0 +1,116 @@
+"""The ``with`` of an operator, checked against the parameters of its type and made complete and canonical."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from flowmesh_cas.cid import decode_dag_cbor, encode_dag_cbor
+from flowmesh_cas.errors import FlowmeshError
+from flowmesh_mesh.catalog import OperatorType, Params
+from flowmesh_mesh.messages import PARAMETER_MAX_BYTES
+from flowmesh_mesh.problems import Place, Problems, nearest, shown
+
+_LOCATED = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?\Z", re.DOTALL)
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[\.\.\.\]")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+
+
+class ArgumentChecker:
+    """Checks arguments; identical ones only once."""
+
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+        self._seen: dict[tuple[str, bytes], dict[str, Any] | None] = {}
+
+    def check(self, kind: OperatorType, given: Any, place: Place) -> dict[str, Any] | None:
+        """Return complete, canonical parameters (plain JSON, keys in DAG-CBOR order); None when problems were noted."""
+        if given is None:
+            given = {}
+        if not isinstance(given, dict):
+            self._problems.add(place, f"'with' must be a mapping, not {shown(given)}", "Write 'with: {parameter: value}'.")
+            return None
+        try:
+            seen = kind.name, msgspec.json.encode(given)
+        except (TypeError, ValueError, RecursionError):
+            return None  # not plain JSON: noted where references were replaced
+        if seen not in self._seen:
+            if len(self._seen) > 4096:
+                self._seen.clear()
+            self._seen[seen] = self._complete(kind, given, place, len(seen[1]))
+        return self._seen[seen]
+
+    def _complete(self, kind: OperatorType, given: dict[str, Any], place: Place, size: int) -> dict[str, Any] | None:
+        if size > PARAMETER_MAX_BYTES and self._is_too_large(given, place):
+            return None
+        try:
+            record = msgspec.convert(given, kind.params)
+        except msgspec.ValidationError:
+            explain(kind.params, given, place, self._problems)
+            return None
+        complete: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(record))  # plain JSON types: lists, not tuples
+        faults = kind.check(complete) if kind.check else []
+        for fault in faults:
+            self._problems.add(place, fault, f"See the parameters of {kind.name} in docs/workflows.md.")
+        try:
+            canonical: dict[str, Any] = decode_dag_cbor(encode_dag_cbor(complete))
+        except (FlowmeshError, ValueError, RecursionError) as error:
+            self._problems.add(place, f"cannot be kept: {error}", "Use plain JSON values.")
+            return None
+        return None if faults else canonical
+
+    def _is_too_large(self, given: dict[str, Any], place: Place) -> bool:
+        found = False
+        for name, value in given.items():
+            size = len(msgspec.json.encode(value))
+            if size > PARAMETER_MAX_BYTES:
+                message = f"the value of {name!r} has {size} bytes; at most {PARAMETER_MAX_BYTES} are allowed"
+                self._problems.add((*place, name), message, "Put large data into an input: {path: ...} or {rows: [...]}.")
+                found = True
+        return found
+
+
+def explain(params: type[Params], given: dict[str, Any], place: Place, problems: Problems) -> None:
+    """Note everything that keeps ``given`` from being ``params``, field by field."""
+    fields = {field.encode_name: field for field in msgspec.structs.fields(params)}
+    for name in given:
+        if name not in fields:
+            problems.add((*place, name), f"unknown parameter {shown(name)}", nearest(str(name), fields, "parameters"), key=True)
+    for name, field in fields.items():
+        if name not in given:
+            if field.required:
+                problems.add(place, f"the parameter {name!r} is missing", f"Add '{name}:'.")
+            continue
+        try:
+            msgspec.convert(given[name], field.type)
+        except msgspec.ValidationError as error:
+            _note((*place, name), given[name], str(error), problems)
+
+
+def _note(place: Place, value: Any, text: str, problems: Problems) -> None:
+    located = _LOCATED.match(text)
+    message, steps = (located.group(1), located.group(2) or "") if located else (text, "")
+    at, inside = place, value
+    for key, index in _STEP.findall(steps):
+        step: Any = int(index) if index else key
+        try:
+            inside = inside[step]
+        except (KeyError, IndexError, TypeError):
+            break
+        at = (*at, step)
+    unknown = _UNKNOWN.match(message)
+    if unknown:
+        problems.add(
+            (*at, unknown.group(1)),
+            f"unknown key {unknown.group(1)!r}",
+            "See the type's parameters in docs/workflows.md.",
+            key=True,
+        )
+        return
+    message = message[:1].lower() + message[1:].replace("`", "'")
+    if not isinstance(inside, dict | list):
+        message += f", not {shown(inside)}" if ", got" not in message else f" ({shown(inside)})"
+    hint = "Write true or false." if "'bool'" in message else "Quote it to make it text." if "'str'" in message else ""
+    problems.add(at, message, hint)
