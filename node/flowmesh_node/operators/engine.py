@@ -237,6 +237,15 @@ def prefill(loaded: Loaded, prompts: Sequence[Sequence[int]], length: int) -> li
     ]
 
 
+def tail_logits(loaded: Loaded, rows: Sequence[Sequence[int]], length: int, tail: int) -> Any:
+    """Return the logits of the last ``tail`` positions, ``(PREFILL_ROWS, tail, vocabulary)``, of rows padded to ``length``."""
+    torch = torch_module()
+    ids, mask, positions = padded(torch, rows, PREFILL_ROWS, length, loaded.pad_id, loaded.device)
+    with torch.inference_mode():
+        out = loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=tail)
+    return out.logits
+
+
 class Decoding:
     """At most DECODE_ROWS rows that grow by one token per step, from prefixes of one padded ``length``."""
 
