@@ -23,7 +23,7 @@ outputs: {one: one.out}
 
 
 def _timed(arguments: list[str], folder: Path, timeout_s: float) -> float:
-    environment = {**os.environ, "FLOWMESH_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "FLOWMESH_CONTEXT"}
     began = time.perf_counter()
     done = subprocess.run(
         [COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
