@@ -20,6 +20,8 @@ KEPT_EVENTS = 4096
 SILENCE_S = 5.0
 """After so long without an event the state is asked for: events are sent once and may be lost."""
 
+_STATES = {"received": "received", "accepted": "accepted", "operators": "accepted", "rejected": "rejected"}
+
 ENDS = frozenset({"succeeded", "failed", "cancelled", "rejected"})
 
 
@@ -53,7 +55,7 @@ class Feed:
     ) -> None:
         self.run = run
         self.end: RunEvent | None = None
-        self.kinds: set[str] = set()
+        self.state = ""
         self.manifest = ""
         self._state = state
         self._on_end = on_end
@@ -94,7 +96,7 @@ class Feed:
             self.end = (
                 event if "state" in event.body else RunEvent(event.run, event.seq, event.at_us, event.kind, event.body | body)
             )
-        self.kinds.add(event.kind)
+        self.state = _STATES.get(event.kind) or str(event.body.get("state") or self.state)
         self._events.append(self.end or event)
         if len(self._events) > KEPT_EVENTS:
             self._events.popleft()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -103,7 +104,11 @@ class Mesh:
         Everything is checked before anything is sent: DocumentError lists all problems. ``run`` makes the submission idempotent.
         """
         with scratch() as store:
-            return await submission.submit(self, submission.prepare(workflow, params, store), run, deadline_s)
+            if isinstance(workflow, (str, os.PathLike)):  # reading and hashing files must not stop the loop
+                prepared = await asyncio.to_thread(submission.prepare, workflow, params, store)
+            else:
+                prepared = submission.prepare(workflow, params, store)
+            return await submission.submit(self, prepared, run, deadline_s)
 
     async def submit_prepared(
         self, prepared: submission.Prepared, run: str | None = None, deadline_s: float = SUBMIT_DEADLINE_S

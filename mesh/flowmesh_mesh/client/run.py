@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 CANCEL_TIMEOUT_S = 30.0
 
-_TAKEN_OVER = frozenset({"accepted", "rejected", "operators", "state", "ended"})
-
 
 class Run:
     """One execution of a workflow. Made by :meth:`Mesh.submit` or :meth:`Mesh.run`."""
@@ -179,7 +177,7 @@ class Run:
 
     async def accepted(self, deadline_s: float) -> bool:
         """Wait until the mesh has accepted or rejected the run; return False at the deadline."""
-        return await self._feed.until(lambda: not self._feed.kinds.isdisjoint(_TAKEN_OVER), deadline_s)
+        return await self._feed.until(lambda: self._feed.state not in ("", "received"), deadline_s)
 
     @property
     def end(self) -> RunEvent | None:

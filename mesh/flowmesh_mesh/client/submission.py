@@ -98,6 +98,7 @@ async def publish(bus: Bus, run: str, payload: bytes, deadline_s: float) -> None
 async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: float) -> Run:
     """Send a compiled workflow and return its run once the mesh has accepted it; raise UsageError when it is refused."""
     compiled, bus = prepared.compiled, mesh.bus
+    is_named = run is not None
     run = new_run_id() if run is None else check_name(run, "run")
     blocks = inline_blocks(prepared.store, compiled.cid)
     if blocks is None:
@@ -106,6 +107,8 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
     await handle.follow(from_start=True)
     payload = encode(Submit(run, compiled.cid, blocks or ()))
     stored = asyncio.create_task(publish(bus, run, payload, deadline_s))
+    if is_named:
+        stored.add_done_callback(lambda _: handle.ask_again())  # a run that exists already has no more events to wait for
     try:
         await _accepted(handle, stored, deadline_s)
     except BaseException:
