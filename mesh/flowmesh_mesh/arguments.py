@@ -7,8 +7,6 @@ from typing import Any
 
 import msgspec
 
-from flowmesh_cas.cid import decode_dag_cbor, encode_dag_cbor
-from flowmesh_cas.errors import FlowmeshError
 from flowmesh_mesh.catalog import OperatorType, Params
 from flowmesh_mesh.messages import PARAMETER_MAX_BYTES
 from flowmesh_mesh.problems import Place, Problems, nearest, shown
@@ -54,12 +52,7 @@ class ArgumentChecker:
         faults = kind.check(complete) if kind.check else []
         for fault in faults:
             self._problems.add(place, fault, f"See the parameters of {kind.name} in docs/workflows.md.")
-        try:
-            canonical: dict[str, Any] = decode_dag_cbor(encode_dag_cbor(complete))
-        except (FlowmeshError, ValueError, RecursionError) as error:
-            self._problems.add(place, f"cannot be kept: {error}", "Use plain JSON values.")
-            return None
-        return None if faults else canonical
+        return None if faults else canonical(complete)
 
     def _is_too_large(self, given: dict[str, Any], place: Place) -> bool:
         found = False
@@ -70,6 +63,20 @@ class ArgumentChecker:
                 self._problems.add((*place, name), message, "Put large data into an input: {path: ...} or {rows: [...]}.")
                 found = True
         return found
+
+
+def canonical(value: Any) -> Any:
+    """Return plain JSON with the keys of its mappings in the order of DAG-CBOR, as they come out of a manifest."""
+    if type(value) is dict:
+        return {key: canonical(value[key]) for key in sorted(value, key=_key_order)}
+    if type(value) is list:
+        return [canonical(item) for item in value]
+    return value
+
+
+def _key_order(key: str) -> tuple[int, bytes]:
+    encoded = key.encode()
+    return len(encoded), encoded
 
 
 def explain(params: type[Params], given: dict[str, Any], place: Place, problems: Problems) -> None:

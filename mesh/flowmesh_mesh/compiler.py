@@ -18,7 +18,7 @@ from flowmesh_mesh.feeds import Edge, Feed, Given
 from flowmesh_mesh.manifest import Manifest, Operator, Output, Ref, Source, encode_record, record_cid
 from flowmesh_mesh.planning import Plan, plan_document
 from flowmesh_mesh.problems import Locator, Problems
-from flowmesh_mesh.references import content_reference
+from flowmesh_mesh.references import content_cid, content_reference
 
 if TYPE_CHECKING:
     from flowmesh_cas.store import BlockStore
@@ -137,14 +137,15 @@ class _Writer:
             self._numbers[vertex] = number
         operators = [self._operator(plan.vertices[vertex]) for vertex in plan.order]
         outputs = {name: Output(self._numbers[edge.vertex], edge.port) for name, edge in plan.outputs.items()}
-        return Manifest(plan.name, operators, outputs)
+        given = {cid for operator in operators for name in operator.models.values() if (cid := content_cid(name))}
+        return Manifest(plan.name, operators, outputs, models=sorted(given))
 
     def _operator(self, vertex: Vertex) -> Operator:
         params, models = vertex.params, dict(vertex.models)
         for role, given in vertex.folders.items():
             ref = self._put(given)
             if ref is not None:
-                models[role] = content_reference(ref)
+                models[role] = content_reference(ref.cid)
                 params = {**params, vertex.kind.models[role]: models[role]}
         settings = vertex.settings
         return Operator(

@@ -164,8 +164,8 @@ class FeedReader:
     def _reference(self, port: Port, name: str, text: str, place: Place) -> list[Feed]:
         edges = self.reference(text, place)
         kinds = sorted({self._output_kind(edge.vertex, edge.port) for edge in edges})
-        fits = all([self._fits(port, name, kind, place, text) for kind in kinds])
-        return list(edges) if fits else []
+        wrong = [kind for kind in kinds if not self._fits(port, name, kind, place, text)]
+        return [] if wrong else list(edges)
 
     def _fits(self, port: Port, name: str, kind: str, place: Place, source: str = "") -> bool:
         if port.kind in ("any", kind) or kind == "unknown":

@@ -100,12 +100,16 @@ class Output(_Kept, frozen=True):
 
 
 class Manifest(_Kept, frozen=True):
-    """A whole compiled workflow; operators stand in an order in which sources come before their users."""
+    """A whole compiled workflow; operators stand in an order in which sources come before their users.
+
+    ``models`` are the CIDs of models given by content (``cid:``): links, so that whoever holds the workflow holds them.
+    """
 
     name: str
     operators: list[Operator]
     outputs: dict[str, Output] = {}
     v: int = MANIFEST_VERSION
+    models: list[bytes] = []
 
 
 class ResultManifest(_Kept, frozen=True):
@@ -178,7 +182,8 @@ class ResultRecord(_Kept, frozen=True):
 class Acceptance(_Kept, frozen=True):
     """Ledger entry: the run is accepted; its manifest and given inputs are held by the mesh.
 
-    ``models`` maps each reference of the manifest to the digest it was pinned to (``sha256:...``).
+    ``models`` maps each reference of the manifest to the digest it was pinned to (``sha256:...``). ``blocks`` carries the
+    manifest and its inputs when they are small: then the ledger itself holds them.
     """
 
     tenant: str
@@ -188,6 +193,7 @@ class Acceptance(_Kept, frozen=True):
     models: dict[str, str] = {}
     encoding: str = "msgpack"
     share: str = "mesh"
+    blocks: list[bytes] = []
     v: int = MANIFEST_VERSION
 
 

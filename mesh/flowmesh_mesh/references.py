@@ -1,4 +1,4 @@
-"""Model references: ``wheel:NAME==VERSION``, ``hf:org/name@revision``, ``cid:CID?digest=HEX&size=N``, or a local folder."""
+"""Model references: ``wheel:NAME==VERSION``, ``hf:org/name@revision``, ``cid:CID`` (a folder in the store), or a local folder."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ from typing import Any
 from flowmesh_cas.cid import cid_parse, cid_text
 from flowmesh_cas.errors import UsageError
 from flowmesh_mesh.feeds import Given, find_path
-from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.problems import Place, Problems, nearest
 
 SCHEMES = ("wheel:", "hf:", "cid:")
 _WHEEL = re.compile(r"wheel:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.+!_-]*\Z")
-_HUB = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?(?:@[A-Za-z0-9][A-Za-z0-9._/-]*)?\Z")
-_CONTENT = re.compile(r"cid:([a-z0-9]+)\?digest=([0-9a-f]{64})&size=([0-9]{1,18})\Z")
+_HUB = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(?:@[A-Za-z0-9][A-Za-z0-9._/-]*)?\Z")
 
 
-def content_reference(ref: Ref) -> str:
+def content_reference(cid: bytes) -> str:
     """Return the model reference of a folder that is in the store."""
-    return f"cid:{cid_text(ref.cid)}?digest={ref.digest.hex()}&size={ref.size}"
+    return f"cid:{cid_text(cid)}"
 
 
-def content_ref(reference: str) -> Ref:
-    """Return the folder behind a ``cid:`` reference; raise UsageError when it is not one."""
-    match = _CONTENT.match(reference)
-    if not match:
-        raise UsageError(f"not a content reference: {reference[:100]!r}", hint="Write cid:CID?digest=SHA256-IN-HEX&size=BYTES.")
-    return Ref("folder", cid_parse(match.group(1)), bytes.fromhex(match.group(2)), int(match.group(3)))
+def content_cid(reference: str) -> bytes | None:
+    """Return the CID of a ``cid:`` reference, None for the other kinds; raise UsageError when it is malformed."""
+    return cid_parse(reference.removeprefix("cid:")) if reference.startswith("cid:") else None
 
 
 def check_model(reference: Any, base: Path | None, place: Place, problems: Problems) -> Given | str | None:
@@ -41,7 +36,7 @@ def check_model(reference: Any, base: Path | None, place: Place, problems: Probl
         return _matching(_HUB, reference, "hf:org/name@revision", place, problems)
     if reference.startswith("cid:"):
         try:
-            content_ref(reference)
+            content_cid(reference)
         except UsageError as error:
             problems.add(place, error.message, error.hint)
             return None
@@ -76,7 +71,10 @@ def _folder(reference: str, base: Path | None, place: Place, problems: Problems)
             "Name a folder with a model, or write wheel:NAME==VERSION or hf:org/name@revision.",
         )
         return None
-    if not (path / "config.json").is_file():
+    if not path.is_dir():
+        problems.add(place, f"missing model: {reference} is a file", "Name the folder in which the model's files are.")
+        return None
+    if not (path / "config.json").is_file() and len(list(path.glob("*.gguf"))) != 1:
         problems.add(place, f"missing model: {reference} holds no config.json", "Name the folder in which the model's files are.")
         return None
     return Given("folder", "path", path, place)
