@@ -70,6 +70,13 @@ class Cancel(_Message, frozen=True, tag="cancel/1"):
     actor: str = ""
 
 
+class Ready(_Message, frozen=True, tag="ready/1"):
+    """Ask the leader to look at a run again (stream READY); its own planner needs no such message."""
+
+    tenant: str
+    run: str
+
+
 class Ask(_Message, frozen=True, tag="ask/1"):
     """A question to the leader: status, runs, run, operators, lineage, why a run ended ... (docs/protocol.md)."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from flowmesh_cas.cid import digest_of
 from flowmesh_mesh.catalog import CATALOG
-from flowmesh_mesh.manifest import ResultRecord
+from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
 from flowmesh_mesh.messages import Assignment
 from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
-from flowmesh_scheduler.core.state import Outstanding, Result, State, VertexState, WorkState
+from flowmesh_scheduler.core.state import Outstanding, Result, Run, State, VertexState, WorkState
 
 
 def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> None:
@@ -42,9 +42,31 @@ def _result(cid: bytes, record: ResultRecord) -> Result:
     )
 
 
+def evaluate(state: State, acceptance: Acceptance, manifest: Manifest, end: RunEnd | None) -> Run:
+    """Return a run as the results tell it, without making it live: for questions about runs that have left memory."""
+    scratch = State(state.settings, results=state.results, tenant_secrets=state.tenant_secrets)
+    run = start_run(scratch, acceptance, manifest, out := Outbox())
+    _follow_results(scratch, run, out)
+    for vertex in run.vertices:
+        if not vertex.state.is_final and end is not None:
+            out.set_state(vertex, VertexState.CANCELLED)
+    run.end = end
+    return run
+
+
 def _resume(state: State, found: RecoveredRun, out: Outbox) -> None:
     """Evaluate a run against the ledger: its own results stand without being asked for again."""
     run = start_run(state, found.acceptance, found.manifest, out)
+    _follow_results(state, run, out)
+    out.entering.extend(v for v in run.vertices if v.waits_for == 0 and v.state is VertexState.WAITING)
+    if found.cancelled_by:
+        run.cancelled_by = found.cancelled_by
+        out.entering.clear()
+        stop(state, run, "cancelled", found.cancelled_by, out)
+
+
+def _follow_results(state: State, run: Run, out: Outbox) -> None:
+    """Settle every vertex of a run whose key the ledger has a result for, from the sources on."""
     out.entering.clear()
     fronts = [v for v in run.vertices if v.waits_for == 0]
     while fronts:
@@ -58,11 +80,6 @@ def _resume(state: State, found: RecoveredRun, out: Outbox) -> None:
         settle(state, vertex, result, out)
         fronts.extend(out.entering)
         out.entering.clear()
-    out.entering.extend(v for v in run.vertices if v.waits_for == 0 and v.state is VertexState.WAITING)
-    if found.cancelled_by:
-        run.cancelled_by = found.cancelled_by
-        out.entering.clear()
-        stop(state, run, "cancelled", found.cancelled_by, out)
 
 
 def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> None:

@@ -1,0 +1,46 @@
+"""What a scheduler process is told when it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from flowmesh_cas.errors import UsageError
+from flowmesh_scheduler.core.settings import Settings
+
+FILE_NAME = "scheduler.json"
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Contents of ``scheduler.json``. Paths are relative to its folder."""
+
+    urls: list[str]
+    credentials: str
+    """Credentials of the role scheduler."""
+
+    store: str
+    """Folder of the hub's blocks."""
+
+    mesh: str
+    tenants: dict[str, str]
+    """Tenant name -> public key of its account."""
+
+    share: str = "mesh"
+    """Whether results are shared between tenants unless a workflow says otherwise: mesh or private."""
+
+    watcher: str = ""
+    """Credentials that may only listen to the broker's connection events; empty: heartbeats alone tell of lost nodes."""
+
+    settings: Settings = msgspec.field(default_factory=Settings)
+
+
+def load_config(folder: Path) -> Config:
+    """Read the configuration in ``folder``; raise UsageError naming what is wrong with it."""
+    path = folder / FILE_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Config)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint="`flowmesh up` writes it.") from error
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{path}: {error}", hint="Compare it with docs/scheduler.md.") from error

@@ -1,0 +1,183 @@
+"""Writing to a guarded stream: every write names the epoch record, so the broker refuses a deposed leader.
+
+Few writes at once go singly and side by side (one sync each); many go as one atomic batch (one sync for all). A write whose
+answer was lost is read back before it is repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from flowmesh_cas.errors import FencedError, InternalError, TransientError
+from flowmesh_mesh.bus import AlreadyStoredError, Bus, Expect
+from flowmesh_mesh.messages import Epoch, decode, encode
+
+log = logging.getLogger("flowmesh.scheduler")
+
+SINGLES_MAX = 8
+BATCH_MAX = 1000
+BATCH_MAX_BYTES = 4 * 1024 * 1024
+
+Write = tuple[str, bytes, "asyncio.Future[int]"]
+
+
+class GuardedStream:
+    """One guarded stream under the epoch that this leader raised."""
+
+    def __init__(
+        self, bus: Bus, stream: str, epochs: str, epoch_subject: Callable[[int], str], on_fenced: Callable[[Exception], None]
+    ) -> None:
+        self.epoch = 0
+        self._bus = bus
+        self._stream = stream
+        self._epochs = epochs
+        self._epoch_subject = epoch_subject
+        self._on_fenced = on_fenced
+        self._fence: Expect | None = None
+        self._queue: list[Write] = []
+        self._in_flight = 0
+        self._is_woken = False
+        self._batching: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._is_closed = False
+
+    async def raise_epoch(self, at_least: int, leader: str, lease: int, at_us: int) -> int:
+        """Write a new epoch record above every earlier one; return the epoch. Raise FencedError if another was faster."""
+        last = await self._bus.last_message(self._stream, self._epochs)
+        known = decode(last.data, Epoch) if last is not None else None
+        if known is not None and known.lease > lease:
+            raise FencedError(f"stream {self._stream} has a leader with a later lease")
+        self.epoch = max(at_least, (known.epoch if known else 0) + 1)
+        expect = Expect(last.seq if last else 0, self._epochs)
+        record = encode(Epoch(self.epoch, leader, lease, at_us))
+        sequence = await self._bus.store(self._epoch_subject(self.epoch), record, expect=expect)
+        self._fence = Expect(sequence, self._epochs)
+        return self.epoch
+
+    def write(self, subject: str, data: bytes) -> asyncio.Future[int]:
+        """Queue a write; the future holds its sequence once it is durable."""
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._queue.append((subject, data, future))
+        if not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon(self._flush)
+        return future
+
+    def _flush(self) -> None:
+        self._is_woken = False
+        if not self._queue or self._batching is not None or self._is_closed:
+            return
+        if len(self._queue) + self._in_flight <= SINGLES_MAX:
+            queue, self._queue = self._queue, []
+            for write in queue:
+                self._in_flight += 1
+                self._spawn(self._single(write))
+        elif self._in_flight == 0:
+            self._batching = self._loop.create_task(self._batches())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _single(self, write: Write) -> None:
+        try:
+            await self._store(write)
+        finally:
+            self._in_flight -= 1
+            self._flush()
+
+    async def _batches(self) -> None:
+        """Drain the queue batch by batch; one at a time, as a replicated stream demands."""
+        try:
+            while self._queue:
+                batch = self._cut()
+                try:
+                    last = await self._bus.store_batch([(s, d) for s, d, _ in batch], expect=self._fence)
+                except FencedError as error:
+                    self._refuse(batch, error)
+                except (AlreadyStoredError, TransientError):
+                    # some of it may be stored: settle each by itself
+                    for write in batch:
+                        await self._store(write)
+                else:
+                    first = last - len(batch) + 1
+                    for offset, (_, _, future) in enumerate(batch):
+                        if not future.done():
+                            future.set_result(first + offset)
+        finally:
+            self._batching = None
+            self._flush()
+
+    def _cut(self) -> list[Write]:
+        size = count = 0
+        for _, data, _ in self._queue[:BATCH_MAX]:
+            if count and size + len(data) > BATCH_MAX_BYTES:
+                break
+            size += len(data)
+            count += 1
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return batch
+
+    async def _store(self, write: Write) -> None:
+        """Write one message until it is known to be stored or refused."""
+        subject, data, future = write
+        pause_s = 0.01
+        while not self._is_closed:
+            try:
+                sequence = await self._bus.store(subject, data, expect=self._fence)
+            except AlreadyStoredError:
+                await self._read_back(write)
+                return
+            except FencedError as error:
+                self._refuse([write], error)
+                return
+            except TransientError as error:
+                if getattr(error, "unknown_outcome", False) and await self._is_stored(subject, data, future):
+                    return
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(1.0, pause_s * 2)
+            else:
+                if not future.done():
+                    future.set_result(sequence)
+                return
+        if not future.done():
+            future.cancel()
+
+    async def _read_back(self, write: Write) -> None:
+        subject, data, future = write
+        if not await self._is_stored(subject, data, future) and not future.done():
+            future.set_exception(InternalError(f"{subject} already holds something else"))
+
+    async def _is_stored(self, subject: str, data: bytes, future: asyncio.Future[int]) -> bool:
+        try:
+            found = await self._bus.last_message(self._stream, subject)
+        except TransientError:
+            return False
+        if found is None or found.data != data:
+            return False
+        if not future.done():
+            future.set_result(found.seq)
+        return True
+
+    def _refuse(self, batch: list[Write], error: Exception) -> None:
+        for _, _, future in batch:
+            if not future.done():
+                future.cancel()
+        self._on_fenced(error)
+
+    async def close(self) -> None:
+        """Stop writing; what is queued is dropped."""
+        self._is_closed = True
+        for _, _, future in self._queue:
+            future.cancel()
+        self._queue.clear()
+        tasks = [*self._tasks, *([self._batching] if self._batching else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

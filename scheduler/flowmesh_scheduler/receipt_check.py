@@ -1,0 +1,16 @@
+"""Whether a node's report carries its valid receipt."""
+
+from __future__ import annotations
+
+from flowmesh_mesh import receipts
+from flowmesh_mesh.credentials import verify
+from flowmesh_mesh.messages import Done
+
+
+def check_receipt(done: Done, public_key: str) -> bool:
+    """Tell whether ``done`` is signed by the key that the node joined with, over exactly these outcomes."""
+    if not done.outcomes or done.public_key != public_key:
+        return False
+    root = receipts.levels([receipts.leaf(outcome) for outcome in done.outcomes])[-1][0]
+    statement = receipts.statement(done.node, done.assignment, done.epoch, root, len(done.outcomes))
+    return verify(public_key, statement, done.signature)

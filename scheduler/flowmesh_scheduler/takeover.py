@@ -1,0 +1,117 @@
+"""What a new leader reads before it acts: ledger, nodes, assignments, manifests of live runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from flowmesh_cas.errors import FlowmeshError, IntegrityError, UsageError
+from flowmesh_mesh import subjects
+from flowmesh_mesh.bus import Bus
+from flowmesh_mesh.manifest import (
+    Acceptance,
+    Cancellation,
+    Manifest,
+    ResultRecord,
+    RunEnd,
+    decode_record,
+    record_cid,
+)
+from flowmesh_mesh.messages import Assignment, NodeRecord, decode
+from flowmesh_scheduler.core.events import Recovered, RecoveredRun
+from flowmesh_scheduler.core.state import State
+from flowmesh_scheduler.hub import Hub, name_blocks
+
+log = logging.getLogger("flowmesh.scheduler")
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The ledger's entries by kind."""
+
+    results: list[tuple[bytes, ResultRecord]] = field(default_factory=list)
+    acceptances: dict[tuple[str, str], Acceptance] = field(default_factory=dict)
+    ends: dict[tuple[str, str], RunEnd] = field(default_factory=dict)
+    cancellations: dict[tuple[str, str], Cancellation] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Found:
+    """Everything that a take-over starts from."""
+
+    recovered: Recovered
+    nodes: list[NodeRecord]
+
+
+async def read_state(bus: Bus, hub: Hub, state: State, at_us: int) -> tuple[Found, dict[str, int]]:
+    """Read streams and manifests; return what was found, and the sequence of each outstanding assignment."""
+    ledger = await _read_ledger(bus)
+    live: list[RecoveredRun] = []
+    for pair, acceptance in ledger.acceptances.items():
+        await _restore_blocks(hub, acceptance)
+        if pair not in ledger.ends:
+            run = _recover(hub, acceptance, ledger.cancellations.get(pair))
+            if run is not None:
+                live.append(run)
+                _note_inputs(state, run.manifest)
+    ended = [(end, ledger.acceptances.get(pair)) for pair, end in ledger.ends.items()]
+    assignments: list[Assignment] = []
+    sequences: dict[str, int] = {}
+    async for message in bus.read_stream(subjects.ASSIGN, "asg.node.>"):
+        try:
+            assignment = decode(message.data, Assignment)
+        except UsageError as error:
+            log.warning("assignment %d cannot be read: %s", message.seq, error)
+            continue
+        assignments.append(assignment)
+        sequences[assignment.id] = message.seq
+    nodes = [decode(message.data, NodeRecord) async for message in bus.read_stream(subjects.NODES, "fm.nodes.*")]
+    recovered = Recovered(ledger.results, live, ended, assignments)
+    return Found(recovered, [n for n in nodes if n.state != "left"]), sequences
+
+
+async def _read_ledger(bus: Bus) -> Ledger:
+    ledger = Ledger()
+    async for message in bus.read_stream(subjects.LEDGER):
+        kind, _, rest = message.subject.removeprefix("led.").partition(".")
+        try:
+            if kind == "result":
+                ledger.results.append((record_cid(message.data), decode_record(message.data, ResultRecord)))
+            elif kind in ("accepted", "ended", "cancelled"):
+                tenant, _, run = rest.partition(".")
+                _note_run(ledger, kind, (tenant, run), message.data)
+        except IntegrityError as error:
+            log.error("ledger entry %s at %d cannot be read: %s", message.subject, message.seq, error)
+    return ledger
+
+
+def _note_run(ledger: Ledger, kind: str, pair: tuple[str, str], data: bytes) -> None:
+    if kind == "accepted":
+        ledger.acceptances[pair] = decode_record(data, Acceptance)
+    elif kind == "ended":
+        ledger.ends[pair] = decode_record(data, RunEnd)
+    else:
+        ledger.cancellations[pair] = decode_record(data, Cancellation)
+
+
+async def _restore_blocks(hub: Hub, acceptance: Acceptance) -> None:
+    """Small workflows are kept by the ledger itself: put them where they can be read by CID."""
+    if acceptance.blocks and not hub.holds(acceptance.manifest):
+        named, _ = name_blocks([acceptance.manifest], acceptance.blocks)
+        hub.put_soon(named)
+
+
+def _recover(hub: Hub, acceptance: Acceptance, cancellation: Cancellation | None) -> RecoveredRun | None:
+    try:
+        manifest = decode_record(hub.get(acceptance.manifest), Manifest)
+    except FlowmeshError as error:
+        log.error("run %s: its manifest cannot be read: %s", acceptance.run, error)
+        return None
+    return RecoveredRun(acceptance, manifest, cancellation.actor if cancellation else "")
+
+
+def _note_inputs(state: State, manifest: Manifest) -> None:
+    for operator in manifest.operators:
+        given = [s.ref for sources in operator.inputs.values() for s in sources if s.ref is not None]
+        for ref in [*given, *([operator.code] if operator.code is not None else [])]:
+            state.places.setdefault(ref.cid, set()).add(subjects.HUB)
