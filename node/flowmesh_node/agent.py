@@ -1,0 +1,340 @@
+"""The agent: one process per node that connects, announces itself, takes assignments, answers for its blocks, and leaves.
+
+It never blocks: what does (store, hashing, models) runs in threads, operators run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import random
+import time
+from collections.abc import Awaitable, Coroutine
+from importlib import metadata
+from typing import Any
+
+import psutil
+
+from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
+from flowmesh_cas.pack_store import PackStore
+from flowmesh_mesh import subjects, transfer
+from flowmesh_mesh.bus import Bus, Pull, Subscription
+from flowmesh_mesh.bus import Delivery as Message
+from flowmesh_mesh.credentials import Credentials
+from flowmesh_mesh.messages import Abort, Beat, Commit, Epoch, Log, NodeRecord, Resolve, Resolved, decode, encode
+from flowmesh_node.delivery import Delivery
+from flowmesh_node.epochs import Epochs
+from flowmesh_node.executors import Executors, executor_environment
+from flowmesh_node.inline import Inline
+from flowmesh_node.inputs import Cache, Inputs
+from flowmesh_node.intake import Intake
+from flowmesh_node.inventory import Inventory
+from flowmesh_node.operators.registry import available
+from flowmesh_node.runner import Runner
+from flowmesh_node.settings import Settings
+from flowmesh_node.spool import Spool
+
+log = logging.getLogger("flowmesh.node")
+
+BEAT_S = 1.0
+BEAT_SPACING_S = 0.1
+"""Least time between two heartbeats, so that a burst of changes is one message."""
+
+VERSIONS = ("flowmesh-nats", "torch", "transformers", "trl", "peft", "duckdb")
+Control = Commit | Abort | Resolve | Epoch
+
+
+class Agent:
+    """A node of the mesh, from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, settings: Settings, inventory: Inventory) -> None:
+        self.settings = settings
+        self.inventory = inventory
+        self.state = "active"
+        self.started_at_us = time.time_ns() // 1000
+        self.is_gone = asyncio.Event()
+        self._credentials = Credentials.parse(settings.credentials)
+        self._available = available()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscriptions: list[Subscription] = []
+        self._changed = asyncio.Event()
+        self._is_stopping = False
+        self._pull: Pull | None = None
+
+    # --- the beginning
+
+    async def start(self) -> None:
+        """Connect and take part; raise TransientError when the mesh cannot be reached, UsageError when it refuses."""
+        settings = self.settings
+        settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.bus, self.bulk = await asyncio.gather(self._connect(), self._connect(" blocks"))
+        self.store = await asyncio.to_thread(PackStore, settings.folder / "store")
+        cache = await asyncio.to_thread(Cache, settings.folder / "cache", settings.cache_bytes)
+        self.inputs = Inputs(self.bulk, self.store, settings.node, cache)
+        self.delivery = Delivery(self.bus, settings.node, self._credentials, Spool(settings.folder / "spool"), time.monotonic)
+        await asyncio.to_thread(self.delivery.restore)
+        environment = executor_environment(cpus=self.inventory.cpus, slots=settings.slots, allow_hub=settings.allow_hub)
+        self.executors = Executors(
+            environment,
+            slots=settings.slots,
+            user_slots=settings.user_slots,
+            memory_bytes=self.inventory.memory_bytes,
+            on_change=self._note_change,
+        )
+        runner = Runner(settings, self.store, self.inputs, self.executors, self._send_log, self.inventory.memory_bytes)
+        self.intake = Intake(
+            settings.node,
+            self._available.types,
+            Epochs(settings.folder / "epoch"),
+            self.delivery,
+            Inline(self.store),
+            self.inputs,
+            runner,
+            self._note_change,
+        )
+        await self._take_part()
+
+    async def _connect(self, purpose: str = "") -> Bus:
+        """Open a connection; blocks get one of their own, so that no heartbeat queues behind them."""
+        settings, deadline_s = self.settings, time.monotonic() + self.settings.connect_s
+        while True:
+            try:
+                return await Bus.connect(
+                    settings.urls,
+                    self._credentials,
+                    name=f"node {settings.node}{purpose}",
+                    inbox=subjects.inbox_prefix(settings.node),
+                    deadline_s=min(10.0, max(0.5, deadline_s - time.monotonic())),
+                    on_reconnect=None if purpose else self._on_reconnect,
+                )
+            except UsageError:
+                raise
+            except FlowmeshError as error:
+                if time.monotonic() > deadline_s:
+                    raise
+                log.info("%s; trying again", error.message)
+                await asyncio.sleep(random.uniform(0.1, 0.5))
+
+    async def _take_part(self) -> None:
+        node, bus = self.settings.node, self.bus
+        self._subscriptions = [
+            await bus.subscribe(subjects.node_control(node), self._on_control),
+            await bus.subscribe(subjects.ALL_NODES_CONTROL, self._on_control),
+            await transfer.serve_blocks(self.bulk, self.store, node, now_us=lambda: time.time_ns() // 1000),
+        ]
+        self._pull = await bus.pull(subjects.ASSIGN, subjects.assign_consumer(node), self.intake.receive)
+        await self._announce()
+        self.delivery.offer_all()
+        for loop in (self._beat, self.delivery.watch, self.intake.renew):
+            self._spawn(loop())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a part of the agent failed", exc_info=task.exception())
+
+    # --- saying who we are
+
+    def record(self) -> NodeRecord:
+        """Return what this node says of itself."""
+        found = self.inventory
+        return NodeRecord(
+            self.settings.node,
+            self._credentials.public_key,
+            self.started_at_us,
+            self._available.types,
+            platform.python_version(),
+            found.cpus,
+            found.memory_bytes,
+            found.devices,
+            found.price_per_hour,
+            versions=_versions(),
+            slots=self.settings.slots,
+            site=found.site,
+            state=self.state,
+        )
+
+    def missing(self) -> dict[str, list[str]]:
+        """Return what each operator type lacks that cannot run here."""
+        return {name: list(lacks) for name, lacks in self._available.missing.items()}
+
+    async def _announce(self) -> None:
+        """Store the node's record; the leader that makes the stream may still be starting."""
+        subject, data, pause_s = subjects.node_record(self.settings.node), encode(self.record()), 0.02
+        deadline_s = time.monotonic() + self.settings.connect_s
+        while True:
+            try:
+                await self.bus.store(subject, data, timeout_s=2.0)
+                break
+            except FlowmeshError as error:
+                if time.monotonic() > deadline_s:
+                    raise
+                log.debug("not announced yet: %s", error.message)
+            await asyncio.sleep(pause_s * random.uniform(0.7, 1.3))
+            pause_s = min(1.0, pause_s * 1.5)
+        self._send_beat()
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    async def _beat(self) -> None:
+        while True:
+            self._changed.clear()
+            self._send_beat()
+            await asyncio.sleep(BEAT_SPACING_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), BEAT_S - BEAT_SPACING_S)
+
+    def _send_beat(self) -> None:
+        beat = Beat(
+            self.settings.node,
+            time.time_ns() // 1000,
+            self.intake.epochs.highest,
+            tuple({**dict.fromkeys(self.intake.held), **dict.fromkeys(self.delivery.unconfirmed())}),
+            self.intake.busy,
+            self.executors.resident,
+            psutil.cpu_percent() / 100,
+            min(psutil.virtual_memory().available, self.inventory.memory_bytes),
+            self.state,
+        )
+        self._post(subjects.node_beat(self.settings.node), encode(beat))
+
+    def _send_log(self, lines: Log) -> None:
+        self._post(subjects.node_log(self.settings.node), encode(lines))
+
+    def _post(self, subject: str, data: bytes) -> None:
+        """Publish what may be lost; while disconnected it is."""
+        if self.bus.connected:
+            with contextlib.suppress(FlowmeshError):
+                self.bus.post(subject, data)
+
+    def _on_reconnect(self) -> None:
+        if not self._is_stopping and self._pull is not None:
+            self.delivery.offer_all()
+            self._spawn(self._announce())
+
+    # --- being told
+
+    def _on_control(self, message: Message) -> None:
+        try:
+            control: Control = decode(message.data, Control)  # type: ignore[arg-type]
+        except UsageError as error:
+            log.warning("refused a control message: %s", error.message)
+            return
+        match control:
+            case Commit():
+                self.intake.commit(control)
+            case Abort():
+                self.intake.abort(control)
+            case Resolve():
+                self._spawn(self._resolve(control, message))
+            case Epoch():
+                if self.intake.epochs.see(control.epoch):
+                    self.delivery.offer_all()
+                self._note_change()
+
+    async def _resolve(self, question: Resolve, message: Message) -> None:
+        try:
+            answer = await asyncio.to_thread(_resolved, question.reference)
+        except FlowmeshError as error:
+            text = f"{error.message} ({error.hint})" if error.hint else error.message
+            answer = Resolved(question.reference, error=text)
+        except Exception as error:
+            log.exception("resolving %s", question.reference)
+            answer = Resolved(question.reference, error=f"{type(error).__name__}: {error}")
+        await message.respond(encode(answer))
+
+    # --- what people see
+
+    def status(self) -> dict[str, Any]:
+        """Return the node's state for people."""
+        held = [
+            {
+                "assignment": each.assignment.id,
+                "type": each.assignment.type,
+                "items": len(each.assignment.items),
+                "state": each.state,
+                "for_s": round(time.monotonic() - each.since_s, 3),
+            }
+            for each in self.intake.held.values()
+        ]
+        return {
+            "node": self.settings.node,
+            "mesh": self.settings.mesh,
+            "state": self.state,
+            "connected": self.bus.connected,
+            "pid": os.getpid(),
+            "epoch": self.intake.epochs.highest,
+            "types": list(self._available.types),
+            "missing": self.missing(),
+            "assignments": held,
+            "taken": self.intake.taken,
+            "unconfirmed": len(self.delivery.unconfirmed()),
+            "executors": self.executors.describe(),
+            "uptime_s": round((time.time_ns() // 1000 - self.started_at_us) / 1e6, 1),
+        }
+
+    # --- the end
+
+    async def drain(self, budget_s: float) -> bool:
+        """Take nothing new, finish and deliver what is held, within ``budget_s``; tell whether all of it was."""
+        self.state, self.intake.is_draining = "draining", True
+        if self._pull is not None:
+            await self._pull.stop()
+            self._pull = None
+        await self._quietly(self._announce(), 2.0)
+        deadline_s = time.monotonic() + budget_s
+        while (self.intake.held or self.delivery.unconfirmed()) and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return not self.intake.held and not self.delivery.unconfirmed()
+
+    async def stop(self) -> None:
+        """Leave: end what still runs, spool what is unconfirmed, say goodbye, close. Takes seconds at most."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        await self.intake.stop()
+        await self._quietly(self.executors.close(), 5.0)
+        await self._quietly(self.delivery.close(), 3.0)
+        self.state = "left"
+        if self.bus.connected:
+            await self._quietly(self.bus.store(subjects.node_record(self.settings.node), encode(self.record())), 1.0)
+            self._send_beat()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(self.bus.close(), self.bulk.close())
+        await asyncio.to_thread(self.store.close)
+        self.is_gone.set()
+
+    @staticmethod
+    async def _quietly(work: Awaitable[Any], budget_s: float) -> None:
+        try:
+            await asyncio.wait_for(work, budget_s)
+        except (TimeoutError, FlowmeshError, OSError) as error:
+            log.info("while leaving: %s", error)
+
+
+def _resolved(reference: str) -> Resolved:
+    try:
+        from flowmesh_node import models
+    except ImportError as error:
+        raise NotFoundError(f"this node runs no models: {error}", hint="Install the node extra.") from error
+    found = models.resolve(reference)
+    return Resolved(reference, found.digest, found.size)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

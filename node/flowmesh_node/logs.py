@@ -1,0 +1,75 @@
+"""Lines that operators print: sent on as they come, within a rate, and kept up to a size for whoever asks later."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+LINES_PER_S = 200
+KEPT_MAX_BYTES = 1024 * 1024
+LINE_MAX_CHARS = 8192
+SEND_DELAY_S = 0.05
+
+
+class LineTap:
+    """Takes the lines of one item. ``send`` gets them in groups; what is above the rate is counted, not sent."""
+
+    def __init__(self, send: Callable[[tuple[str, ...]], None]) -> None:
+        self._send = send
+        self._waiting: list[str] = []
+        self._allowance = float(LINES_PER_S)
+        self._refilled_s = time.monotonic()
+        self._left_out = 0
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+        self._cut_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def line(self, text: str) -> None:
+        """Take one line, without its end."""
+        text = text.rstrip("\r\n")[:LINE_MAX_CHARS]
+        self._keep(text)
+        if self._is_over_rate():
+            self._left_out += 1
+            return
+        if self._left_out:
+            self._waiting.append(f"[{self._left_out} lines left out here: more than {LINES_PER_S} a second]")
+            self._left_out = 0
+        self._waiting.append(text)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SEND_DELAY_S, self.flush)
+
+    def _keep(self, text: str) -> None:
+        data = text.encode() + b"\n"
+        if self._kept_bytes + len(data) <= KEPT_MAX_BYTES and not self._cut_bytes:
+            self._kept.append(data)
+            self._kept_bytes += len(data)
+        else:
+            self._cut_bytes += len(data)
+
+    def _is_over_rate(self) -> bool:
+        now = time.monotonic()
+        self._allowance = min(LINES_PER_S, self._allowance + (now - self._refilled_s) * LINES_PER_S)
+        self._refilled_s = now
+        if self._allowance < 1:
+            return True
+        self._allowance -= 1
+        return False
+
+    def flush(self) -> None:
+        """Send what waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._left_out:
+            self._waiting.append(f"[{self._left_out} lines left out here: more than {LINES_PER_S} a second]")
+            self._left_out = 0
+        if self._waiting:
+            lines, self._waiting = tuple(self._waiting), []
+            self._send(lines)
+
+    def kept(self) -> bytes:
+        """Return the log as it is kept, with a note about what was cut; empty when nothing was printed."""
+        note = f"[cut here: {self._cut_bytes} more bytes]\n".encode() if self._cut_bytes else b""
+        return b"".join(self._kept) + note

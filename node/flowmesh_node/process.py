@@ -1,0 +1,155 @@
+"""An executor process: receives batches over a socket, runs them with the operator library, one at a time.
+
+Started as ``python -m flowmesh_node.process FD`` by the agent. It dies with the agent, and whatever the libraries in
+it print goes to a pipe that the agent reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, NotFoundError, UsageError
+from flowmesh_node import frames
+from flowmesh_node.operators.base import Batch, Content, Failed, Implementation, Produced
+from flowmesh_node.operators.registry import implementation
+
+ERROR_MAX_CHARS = 8000
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> None:
+    """Ask the kernel for ``signal_number`` when the parent dies; exit at once when it is dead already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def failure_of(error: BaseException, *, is_loading: bool = False) -> Failed:
+    """Return what to say about an exception that escaped from an operator."""
+    if isinstance(error, ExecutionError):
+        return Failed(error.reason, _with_hint(error))
+    if isinstance(error, NotFoundError) and is_loading:
+        return Failed("model-missing", _with_hint(error))
+    if isinstance(error, (UsageError, IntegrityError)):
+        return Failed("user-error", _with_hint(error))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Failed("oom", f"out of memory: {str(error)[:500]}")
+    text = "".join(traceback.format_exception(error, limit=-8))
+    return Failed("internal", text[-ERROR_MAX_CHARS:])
+
+
+def _with_hint(error: FlowmeshError) -> str:
+    return (f"{error.message} ({error.hint})" if error.hint else error.message)[:ERROR_MAX_CHARS]
+
+
+class Worker:
+    """Keeps one implementation per class alive, and settles each item of a batch exactly once."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._implementations: dict[str, Implementation] = {}
+
+    def serve(self) -> None:
+        """Run batches until the agent closes the link."""
+        while isinstance(frame := frames.receive(self._link), frames.Run):
+            self._run(frame.batch)
+
+    def _send(self, frame: frames.Frame) -> None:
+        with self._lock:
+            self._link.sendall(frames.pack(frame))
+
+    def _run(self, batch: Batch) -> None:
+        settled: set[int] = set()
+
+        def emit(index: int, result: Produced | Failed) -> None:
+            if index in settled or not 0 <= index < len(batch.items):
+                return
+            settled.add(index)
+            self._send(settlement(index, result, batch.scratch))
+
+        operator: Implementation | None = None
+        is_loading = True
+        try:
+            operator = self._implementation(batch.type)
+            began = time.monotonic_ns()
+            operator.load(batch)
+            self._send(frames.Loaded((time.monotonic_ns() - began) // 1000, _resident(operator), _numeric(operator)))
+            is_loading = False
+            operator.run(batch, emit, self._log)
+            unsettled = Failed("internal", f"{batch.type} left this item unsettled")
+        except Exception as error:
+            unsettled = failure_of(error, is_loading=is_loading)
+        for index in range(len(batch.items)):
+            emit(index, unsettled)
+        # Before the end is told, so that the agent has every line that belongs to this batch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._send(frames.Finished(_resident(operator)))
+
+    def _log(self, text: str) -> None:
+        for line in text.splitlines() or [""]:
+            self._send(frames.Line(line[:8192]))
+
+    def _implementation(self, type_name: str) -> Implementation:
+        if type_name not in self._implementations:
+            made = implementation(type_name)
+            for name in made.types:
+                self._implementations[name] = made
+        return self._implementations[type_name]
+
+
+def _numeric(operator: Implementation) -> str:
+    return str(getattr(operator, "numeric", ""))
+
+
+def _resident(operator: Implementation | None) -> tuple[str, ...]:
+    """Return the digests of the models that the implementation says it keeps loaded."""
+    kept: Callable[[], object] | object = getattr(operator, "resident", ())
+    names = kept() if callable(kept) else kept
+    return tuple(str(name) for name in names) if isinstance(names, (list, tuple, set, frozenset)) else ()
+
+
+def settlement(index: int, result: Produced | Failed, scratch: str) -> frames.Settled:
+    """Return the frame for a settled item; contents too large for the socket go to a file first."""
+    if isinstance(result, Failed):
+        return frames.Settled(index, failed=Failed(result.reason, result.error[:ERROR_MAX_CHARS]))
+    outputs = {
+        port: [_spilled(each, Path(scratch) / f".out-{index}-{port}-{n}") for n, each in enumerate(contents)]
+        for port, contents in result.outputs.items()
+    }
+    light = Produced(outputs, result.rows, result.tokens_in, result.tokens_out, result.exec_us)
+    return frames.Settled(index, produced=light)
+
+
+def _spilled(each: Content, path: Path) -> Content:
+    if each.data is None or len(each.data) <= frames.SPILL_BYTES:
+        return each
+    path.write_bytes(each.data)
+    return Content(each.kind, path=str(path), rows=each.rows)
+
+
+def main(arguments: list[str]) -> None:
+    """Serve the agent that started this process; the first argument is the number of the inherited socket."""
+    die_with_parent(int(arguments[1]), signal.SIGTERM if arguments[2] == "user" else signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent decides what ends when.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+    link = socket.socket(fileno=int(arguments[0]))
+    os.set_inheritable(link.fileno(), False)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        Worker(link).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
