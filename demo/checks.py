@@ -48,8 +48,10 @@ def _both_came_to_results(evidence: Evidence) -> Check:
 def _exactly_the_overlap_was_shared(evidence: Evidence) -> Check:
     shared = sum(bool(row["shared"]) for ended in evidence.ended.values() for row in ended.rows)
     keys = {row["key"] for ended in evidence.ended.values() for row in ended.rows}
-    is_true = shared == evidence.expected_shared and len(keys) == evidence.distinct
-    figures = f"{shared} shared of {evidence.expected_shared} in common, {len(keys)} distinct of {evidence.distinct} expected"
+    is_true = shared == evidence.overlap.shared and len(keys) == evidence.overlap.distinct
+    figures = (
+        f"{shared} shared of {evidence.overlap.shared} in common, {len(keys)} distinct of {evidence.overlap.distinct}"
+    )
     return Check("exactly the operators that the documents have in common were shared", is_true, figures)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 
 from flowmesh_cas.cid import encode_dag_cbor
@@ -35,6 +36,21 @@ def _feed(source: Source, known: Sequence[bytes]) -> list[object]:
     return [known[source.op], source.port, source.item]
 
 
-def common(one: Manifest, other: Manifest) -> int:
-    """Return how many distinct operators the two workflows have in common."""
-    return len(set(signatures(one)) & set(signatures(other)))
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Two workflows counted: ``operators`` in all, ``distinct`` ones, ``between`` those that stand in both."""
+
+    operators: int
+    distinct: int
+    between: int
+
+    @property
+    def shared(self) -> int:
+        """Return how many operators need not be run because an equal one is."""
+        return self.operators - self.distinct
+
+
+def overlap(one: Manifest, other: Manifest) -> Overlap:
+    """Return how much two workflows have in common."""
+    first, second = signatures(one), signatures(other)
+    return Overlap(len(first) + len(second), len({*first, *second}), len(set(first) & set(second)))

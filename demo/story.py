@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from demo.lineage import Lineage, trace
-from demo.overlap import common
+from demo.overlap import Overlap, overlap
 from demo.watch import Seen, Watch
 from flowmesh_cas.store import MemoryStore
+from flowmesh_deploy.embedded import EmbeddedMesh
 from flowmesh_mesh.client import Mesh, connect
 from flowmesh_mesh.compiler import compile_file
 from flowmesh_mesh.manifest import Manifest
@@ -59,8 +57,7 @@ class Ended:
 class Evidence:
     """All that the report shows and the checks judge."""
 
-    expected_shared: int
-    distinct: int
+    overlap: Overlap
     ended: dict[str, Ended] = field(default_factory=dict)
     kill: Kill | None = None
     comparison: list[dict[str, Any]] = field(default_factory=list)
@@ -70,11 +67,10 @@ class Evidence:
 
 
 class Story:
-    """Plays the demo on a mesh that is up. ``pids`` names the process of each node; ``say`` tells people what happens."""
+    """Plays the demo on a mesh that is up; ``say`` tells people what happens."""
 
-    def __init__(self, context: Path, pids: Mapping[str, int], say: Say, *, is_killing: bool = True) -> None:
-        self._context = context
-        self._pids = pids
+    def __init__(self, mesh: EmbeddedMesh, say: Say, *, is_killing: bool = True) -> None:
+        self._mesh = mesh
         self._say = say
         self._is_killing = is_killing
         self.began_s = time.monotonic()
@@ -84,12 +80,11 @@ class Story:
         """Run everything; raise FlowmeshError or TimeoutError when the mesh does not answer."""
         async with (
             asyncio.timeout(DEADLINE_S),
-            connect(self._context, "team-a") as mesh_a,
-            connect(self._context, "team-b") as mesh_b,
+            connect(self._mesh, "team-a") as mesh_a,
+            connect(self._mesh, "team-b") as mesh_b,
         ):
             manifest_a, manifest_b = _manifest("team-a"), _manifest("team-b")
-            evidence = Evidence(common(manifest_a, manifest_b), len(manifest_a.operators) + len(manifest_b.operators))
-            evidence.distinct -= evidence.expected_shared
+            evidence = Evidence(overlap(manifest_a, manifest_b))
             watch_a = await self._submit("team-a", mesh_a, manifest_a)
             await self._until(lambda: _is_sampling(watch_a) or watch_a.state != "accepted")
             watch_b = await self._submit("team-b", mesh_b, manifest_b)
@@ -123,16 +118,16 @@ class Story:
         began_s = time.monotonic()
         while watch.state == "accepted":
             node = _busy_node(watch.running(), watch.operators, time.monotonic() - began_s > PATIENCE_S)
-            if node in self._pids:
-                return self._kill(node, watch)
+            if node:
+                return await self._kill(node, watch)
             await watch.changed(0.1)
         return None
 
-    def _kill(self, node: str, watch: Watch) -> Kill:
+    async def _kill(self, node: str, watch: Watch) -> Kill:
         now_s = time.monotonic()
         running = [seen for seen in watch.running() if seen.node == node]
         done = frozenset((other.title, seen.name) for other in self.watches for seen in other.operators if seen.state == "done")
-        os.kill(self._pids[node], signal.SIGKILL)
+        await asyncio.to_thread(self._mesh.kill_node, node)
         names = tuple(seen.name for seen in running)
         cut_off_s = max(now_s - seen.since_s for seen in running)
         self._say(f"{node}: killed with SIGKILL while it ran {', '.join(names)} (since {cut_off_s:.1f} s)")
@@ -179,12 +174,3 @@ async def _ended(watch: Watch) -> Ended:
         rows,
         tuple(watch.operators),
     )
-
-
-def assigned_nodes(evidence: Evidence) -> Counter[str]:
-    """Return how often each distinct operator was handed to a node, over both runs, by key."""
-    times: Counter[str] = Counter()
-    for ended in evidence.ended.values():
-        for row, seen in zip(ended.rows, ended.seen, strict=True):
-            times[str(row["key"])] = max(times[str(row["key"])], len(seen.nodes))
-    return times
