@@ -13,6 +13,8 @@ from flowmesh_mesh.problems import Place, Problems, nearest, shown
 
 _LOCATED = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?\Z", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[\.\.\.\]")
+_PLAIN_TEMPLATE = re.compile(r"(?:[^{]|\{\{ [A-Za-z_][A-Za-z0-9_]* \}\})*\Z")
+"""Text that needs no parser to be known as a template."""
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
 
 
@@ -21,6 +23,7 @@ class ArgumentChecker:
 
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
+        self._templates: set[str] = set()
         self._seen: dict[tuple[str, bytes], dict[str, Any] | None] = {}
 
     def check(self, kind: OperatorType, given: Any, place: Place) -> dict[str, Any] | None:
@@ -52,7 +55,28 @@ class ArgumentChecker:
         faults = kind.check(complete) if kind.check else []
         for fault in faults:
             self._problems.add(place, fault, f"See the parameters of {kind.name} in docs/workflows.md.")
+        for name in kind.templates:
+            self._check_templates(complete[name], (*place, name))
         return None if faults else canonical(complete)
+
+    def _check_templates(self, value: Any, place: Place) -> None:
+        if isinstance(value, dict):
+            for key, text in value.items():
+                self._check_templates(text, (*place, key))
+        elif value not in self._templates:
+            self._templates.add(value)
+            if not _PLAIN_TEMPLATE.match(value):
+                self._check_template(value, place)
+
+    def _check_template(self, text: str, place: Place) -> None:
+        from jinja2 import Environment, TemplateSyntaxError
+
+        try:
+            Environment().parse(text)
+        except TemplateSyntaxError as error:
+            self._problems.add(place, f"not a template: {error.message}", "Write '{{ column }}' where a column's text goes.")
+        except RecursionError:
+            self._problems.add(place, "not a template: nested too deeply", "Write '{{ column }}' where a column's text goes.")
 
     def _is_too_large(self, given: dict[str, Any], place: Place) -> bool:
         found = False

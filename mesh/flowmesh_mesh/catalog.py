@@ -8,6 +8,7 @@ Kinds of port: ``rows`` (a table as canonical JSON lines), ``value`` (one JSON v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -33,11 +34,12 @@ class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """One port: its kind, whether it must be connected, and what people should know about it."""
+    """One port: its kind, whether it must be connected, what people should know about it, whether several sources may feed it."""
 
     kind: str
     required: bool = True
     doc: str = ""
+    is_many: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class OperatorType:
     ``determinism`` is one of the classes of identity, or a function of the parameters.
     ``models`` maps a role to the parameter that holds its reference. ``open_inputs`` is the kind of ports with names of
     the author's choosing. ``shards_by`` is the rows port along which the operator may be cut.
-    ``batch_params`` and ``batch_ports`` must agree within a batch.
+    ``batch_params`` and ``batch_ports`` must agree within a batch. ``templates`` are the parameters whose text (or each text
+    of a mapping) is a Jinja2 template.
     """
 
     name: str
@@ -67,6 +70,7 @@ class OperatorType:
     batch_ports: tuple[str, ...] = ()
     shards_by: str = ""
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
+    templates: tuple[str, ...] = ()
 
     def determinism_of(self, params: Mapping[str, Any]) -> str:
         """Return pure, seeded, sampled or effect for these parameters."""
@@ -237,7 +241,32 @@ def _call_determinism(params: Mapping[str, Any]) -> str:
 def _check_reward(params: Mapping[str, Any]) -> list[str]:
     if bool(params.get("model")) == bool(params.get("rules")):
         return ["give either 'rules' or 'model', and only one of them"]
+    return [fault for rule in params.get("rules", ()) for fault in _check_rule(rule)]
+
+
+def _check_rule(rule: Mapping[str, Any]) -> list[str]:
+    kind, pattern = rule["kind"], rule["pattern"]
+    if kind in ("contains", "matches", "ends") and not pattern:
+        return [f"a rule of kind {kind!r} needs a 'pattern'"]
+    if kind == "length" and not rule["target"]:
+        return ["a rule of kind 'length' needs a 'target' above 0"]
+    if kind == "matches":
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return [f"the pattern {pattern[:60]!r} is no regular expression: {error}"]
     return []
+
+
+def _check_call(params: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"'requires' pins distributions as name==version, not {text[:60]!r}"
+        for text in params.get("requires", ())
+        if not _REQUIREMENT.match(text)
+    ]
+    if not _PYTHON.match(params.get("python", "")):
+        faults.append(f"'python' is a version such as 3.11, not {params['python'][:20]!r}")
+    return faults
 
 
 def _check_generate(params: Mapping[str, Any]) -> list[str]:
@@ -247,7 +276,9 @@ def _check_generate(params: Mapping[str, Any]) -> list[str]:
 
 
 _ROWS = Port("rows")
-_ADAPTER = Port("folder", required=False, doc="LoRA adapter to apply")
+_ADAPTER = Port("folder", required=False, doc="LoRA adapter to apply", is_many=False)
+_REQUIREMENT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.+!_-]*\Z")
+_PYTHON = re.compile(r"(?:3\.[0-9]{1,3})?\Z")
 
 _TYPES = (
     OperatorType(
@@ -291,6 +322,7 @@ _TYPES = (
         "data",
         batches=True,
         shards_by="rows",
+        templates=("columns",),
     ),
     OperatorType(
         "llm.generate",
@@ -306,6 +338,7 @@ _TYPES = (
         batch_ports=("adapter",),
         shards_by="rows",
         check=_check_generate,
+        templates=("prompt",),
     ),
     OperatorType(
         "llm.score",
@@ -319,6 +352,7 @@ _TYPES = (
         batch_params=("dtype",),
         batch_ports=("adapter",),
         shards_by="rows",
+        templates=("prompt", "completion"),
     ),
     OperatorType(
         "reward.score",
@@ -331,6 +365,7 @@ _TYPES = (
         batches=True,
         shards_by="rows",
         check=_check_reward,
+        templates=("prompt", "completion"),
     ),
     OperatorType(
         "train.sft",
@@ -341,6 +376,7 @@ _TYPES = (
         "train",
         determinism="seeded",
         models={"model": "model"},
+        templates=("prompt", "completion"),
     ),
     OperatorType(
         "train.dpo",
@@ -351,6 +387,7 @@ _TYPES = (
         "train",
         determinism="seeded",
         models={"model": "model"},
+        templates=("prompt", "chosen", "rejected"),
     ),
     OperatorType(
         "python.call",
@@ -361,6 +398,7 @@ _TYPES = (
         "user",
         determinism=_call_determinism,
         open_inputs="any",
+        check=_check_call,
     ),
 )
 

@@ -17,7 +17,7 @@ from flowmesh_mesh.problems import Place, Problems, nearest, shown
 from flowmesh_mesh.references import check_model
 from flowmesh_mesh.settings import Settings, read_settings
 from flowmesh_mesh.source import check_call, check_source, read_source
-from flowmesh_mesh.substitution import MISSING, Substitution, mentions_item
+from flowmesh_mesh.substitution import MISSING, Substitution, is_unicode, mentions_item
 
 if TYPE_CHECKING:
     import ast
@@ -278,7 +278,7 @@ class Expander:
                     at, f"function must be 'file.py:name', not {shown(text)}", "Write 'function: \"code.py:name\"'."
                 )
             return None
-        if source is not None and not isinstance(source, str):
+        if source is not None and (not isinstance(source, str) or not is_unicode(source)):
             self._problems.add(
                 (*place, "source"), f"source must be text, not {shown(source)}", "Write 'source: |' and the code below."
             )

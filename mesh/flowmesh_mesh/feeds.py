@@ -86,9 +86,15 @@ class FeedReader:
             return {}
         feeds: dict[str, list[Feed]] = {}
         for name, value in inputs.items():
+            if not isinstance(name, str):
+                continue  # noted where references were replaced
             port = self._port(kind, name, (*place, name))
             if port is not None:
                 feeds[name] = self._feeds(port, name, value, (*place, name))
+                if not port.is_many and len(feeds[name]) > 1:
+                    self._problems.add(
+                        (*place, name), f"the input port {name!r} takes one source, not {len(feeds[name])}", "Name one."
+                    )
         for name, port in kind.inputs.items():
             if port.required and name not in inputs:
                 example = f"Add '{name}: operator.port'" + (

@@ -70,12 +70,14 @@ def check_call(function: ast.FunctionDef, names: Iterable[str], place: Place, pr
 
 
 def _assigned(tree: ast.Module) -> set[str]:
+    """Return the names that a module gets otherwise than by a plain 'def' at its top."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    outer = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    for node in (inner for part in outer for inner in ast.walk(part)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         elif isinstance(node, ast.alias):
             names.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+        elif isinstance(node, ast.FunctionDef):
             names.add(node.name)
     return names

@@ -45,6 +45,9 @@ class Substitution:
         """Return ``value`` with references replaced; the same object when there are none."""
         kind = type(value)
         if kind is str:
+            if not is_unicode(value):
+                self._problems.add(place, "the text holds half a character (a lone surrogate)", "Remove it.")
+                return ""
             return self._text(value, place) if "${" in value else value
         if kind is int:
             if not INTEGER_MIN <= value <= INTEGER_MAX:
@@ -74,7 +77,7 @@ class Substitution:
     def _record(self, value: dict[Any, Any], place: Place, depth: int) -> dict[str, Any]:
         changed: dict[str, Any] | None = None
         for key, item in value.items():
-            if type(key) is not str:
+            if type(key) is not str or not is_unicode(key):
                 self._problems.add(place, f"the key {shown(key)} is not text", "Use text as keys.")
                 continue
             new = self.apply(item, (*place, key), depth + 1)
@@ -114,6 +117,17 @@ class Substitution:
             self._problems.add(place, f"${{{name}}} names nothing", hint)
             return MISSING
         return at
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8; JSON may hold halves of characters, which cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def mentions_item(value: Any) -> bool:
