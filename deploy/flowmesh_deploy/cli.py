@@ -126,9 +126,8 @@ def _tell(layout: Layout, status: dict[str, Any], *, was_up: bool, as_json: bool
         print(json.dumps({**document, "nodes": names, "tenants": list(context["tenants"])}))
         return
     option = "" if layout.folder.name == ".flowmesh" else f" --context {layout.context}"
-    print(
-        f"mesh {context['mesh']} is {'already ' if was_up else ''}up at {context['urls'][0]}, with {', '.join(names) or 'no nodes'}"
-    )
+    already = "already " if was_up else ""
+    print(f"mesh {context['mesh']} is {already}up at {context['urls'][0]}, with {', '.join(names) or 'no nodes'}")
     print(f"tenants {', '.join(context['tenants'])}; logs in {layout.logs}")
     print("next:")
     for command, purpose in (

@@ -80,7 +80,9 @@ class StreamState(msgspec.Struct, frozen=True):
     subjects: dict[str, int] = {}
 
 
-class _StreamInfo(msgspec.Struct, frozen=True):
+class StreamInfo(msgspec.Struct, frozen=True):
+    """How a stream is set up, as the broker words it, and what it holds."""
+
     config: dict[str, Any] = {}
     state: StreamState = StreamState()
     error: ApiError | None = None
@@ -479,6 +481,10 @@ class Bus:
         """Return the message with sequence ``seq`` as the stream's leader knows it; None when there is none."""
         return await self._read(stream, {"seq": seq})
 
+    async def next_message(self, stream: str, from_seq: int, subject_filter: str = ">") -> StoredMessage | None:
+        """Return the first message at or after ``from_seq`` whose subject matches; None when there is none."""
+        return await self._read(stream, {"seq": from_seq, "next_by_subj": subject_filter})
+
     async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:
         try:
             found = await self._api(f"STREAM.MSG.GET.{stream}", query, _Message, f"reading {stream}")
@@ -512,24 +518,29 @@ class Bus:
         """Create the stream, or bring it to ``config``; what can only be set at creation stays as it is."""
         what = f"stream {config.name}"
         try:
-            found = await self._api(f"STREAM.INFO.{config.name}", b"", _StreamInfo, what)
+            found = await self._api(f"STREAM.INFO.{config.name}", b"", StreamInfo, what)
         except NotFoundError:
-            created = await self._api(f"STREAM.CREATE.{config.name}", config, _StreamInfo, what)
+            created = await self._api(f"STREAM.CREATE.{config.name}", config, StreamInfo, what)
             return created.state
         wanted = msgspec.to_builtins(config)
         wanted.pop("first_seq", None)
         if any(found.config.get(name) != value for name, value in wanted.items()):
             merged = {**found.config, **wanted}
-            found = await self._api(f"STREAM.UPDATE.{config.name}", merged, _StreamInfo, what)
+            found = await self._api(f"STREAM.UPDATE.{config.name}", merged, StreamInfo, what)
         return found.state
+
+    async def stream_info(self, stream: str, *, subjects: str = "") -> StreamInfo | None:
+        """Return a stream's configuration and state, None when there is none; ``subjects`` filters what is counted by subject."""
+        body = {"subjects_filter": subjects} if subjects else b""
+        try:
+            return await self._api(f"STREAM.INFO.{stream}", body, StreamInfo, f"stream {stream}")
+        except NotFoundError:
+            return None
 
     async def stream_state(self, stream: str, *, subjects: str = "") -> StreamState | None:
         """Return what a stream holds, None when it does not exist; ``subjects`` is a filter of subjects to count."""
-        body = {"subjects_filter": subjects} if subjects else b""
-        try:
-            return (await self._api(f"STREAM.INFO.{stream}", body, _StreamInfo, f"stream {stream}")).state
-        except NotFoundError:
-            return None
+        found = await self.stream_info(stream, subjects=subjects)
+        return None if found is None else found.state
 
     async def ensure_consumer(self, stream: str, config: ConsumerConfig) -> int:
         """Create the consumer or bring it to ``config``; return how many messages wait for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ class _Reader:
         self._number = 0
         self._left = 0
         self._is_done = False
+        self.is_complete = False
+        """Whether everything up to the wanted sequence was delivered."""
         self._wake = asyncio.Event()
         self._messages: deque[StoredMessage] = deque()
 
@@ -56,13 +59,12 @@ class _Reader:
 
     def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if not reply.startswith(b"$JS.ACK"):
-            self._is_done = True  # nothing is left, or the consumer is gone: the caller tells by the sequence
+            self._is_done = True  # nothing is left, or the consumer is gone: the caller reads on from the last message
         else:
-            _, seq_text, _, _, pending = ack_tokens(reply.decode())
-            seq = int(seq_text)
+            _, seq, _, _, pending = map(int, ack_tokens(reply.decode()))
             if seq <= self._until_seq:
                 self._messages.append(StoredMessage(subject.decode(), data, seq, parse_headers(headers) if headers else {}))
-            self._is_done = seq >= self._until_seq or pending == "0"
+            self._is_done = self.is_complete = seq >= self._until_seq or pending == 0
             self._left -= 1
             if self._left == 0 and not self._is_done:
                 self.ask()
@@ -94,32 +96,52 @@ async def read_stream(bus: Bus, stream: str, subject_filter: str = "", from_seq:
     """Iterate over the messages of ``stream`` up to its last sequence at the time of the call, in order.
 
     A lost connection or consumer is bridged from the last message read. Raise NotFoundError when there is no such stream,
-    TransientError when the broker stays away.
+    TransientError when the broker stays away. A work queue allows no second consumer: it is read message by message.
     """
-    state = await bus.stream_state(stream)
-    if state is None:
+    found = await bus.stream_info(stream)
+    if found is None:
         raise NotFoundError(f"no stream {stream}")
-    until_seq, next_seq, failures = state.last_seq, max(1, from_seq), 0
+    if found.config.get("retention") == "workqueue":
+        messages = _read_queue(bus, stream, subject_filter, max(1, from_seq), found.state.last_seq)
+    else:
+        messages = _read_log(bus, stream, subject_filter, max(1, from_seq), found.state.last_seq)
+    async for message in messages:
+        yield message
+
+
+async def _read_queue(bus: Bus, stream: str, subject_filter: str, next_seq: int, until_seq: int) -> AsyncIterator[StoredMessage]:
+    """Ask the stream's leader for one message after the other."""
+    while next_seq <= until_seq:
+        message = await bus.next_message(stream, next_seq, subject_filter or ">")
+        if message is None or message.seq > until_seq:
+            return
+        yield message
+        next_seq = message.seq + 1
+
+
+async def _read_log(bus: Bus, stream: str, subject_filter: str, next_seq: int, until_seq: int) -> AsyncIterator[StoredMessage]:
+    """Read with ephemeral consumers, a fresh one wherever the last one broke off."""
+    failures = 0
     while next_seq <= until_seq:
         reader = _Reader(bus, stream, until_seq)
         start_seq = next_seq
         try:
-            waiting = await reader.open(subject_filter, next_seq)
-            if not waiting:
+            if not await reader.open(subject_filter, next_seq):
                 return
-            async for found in reader.batches():
-                for message in found:
+            async for batch in reader.batches():
+                for message in batch:
                     yield message
                     next_seq = message.seq + 1
+            if reader.is_complete:
+                return
         except TransientError:
             failures += 1
             if failures >= _ATTEMPTS:
                 raise
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(random.uniform(0.05, 0.2))
             continue
         finally:
             await reader.close()
-        if next_seq == start_seq:
-            failures += 1
-            if failures >= _ATTEMPTS:
-                raise TransientError(f"reading {stream} does not get on", hint="Check the broker.")
+        failures = failures + 1 if next_seq == start_seq else 0
+        if failures >= _ATTEMPTS:
+            raise TransientError(f"reading {stream} does not get on", hint="Check the broker.")
