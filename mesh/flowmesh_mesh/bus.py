@@ -485,6 +485,10 @@ class Bus:
         """Return the first message at or after ``from_seq`` whose subject matches; None when there is none."""
         return await self._read(stream, {"seq": from_seq, "next_by_subj": subject_filter})
 
+    async def next_message(self, stream: str, from_seq: int, subject_filter: str) -> StoredMessage | None:
+        """Return the first message at or after ``from_seq`` whose subject matches; for work queues, which take no second reader."""
+        return await self._read(stream, {"seq": max(1, from_seq), "next_by_subj": subject_filter})
+
     async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:
         try:
             found = await self._api(f"STREAM.MSG.GET.{stream}", query, _Message, f"reading {stream}")

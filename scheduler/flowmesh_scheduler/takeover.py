@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from flowmesh_cas.errors import FlowmeshError, IntegrityError, UsageError
 from flowmesh_mesh import subjects
-from flowmesh_mesh.bus import Bus
+from flowmesh_mesh.bus import Bus, StoredMessage
 from flowmesh_mesh.manifest import (
     Acceptance,
     Cancellation,
@@ -57,7 +58,7 @@ async def read_state(bus: Bus, hub: Hub, state: State, at_us: int) -> tuple[Foun
     ended = [(end, ledger.acceptances.get(pair)) for pair, end in ledger.ends.items()]
     assignments: list[Assignment] = []
     sequences: dict[str, int] = {}
-    async for message in bus.read_stream(subjects.ASSIGN, "asg.node.>"):
+    async for message in _outstanding(bus):
         try:
             assignment = decode(message.data, Assignment)
         except UsageError as error:
@@ -68,6 +69,14 @@ async def read_state(bus: Bus, hub: Hub, state: State, at_us: int) -> tuple[Foun
     nodes = [decode(message.data, NodeRecord) async for message in bus.read_stream(subjects.NODES, "fm.nodes.*")]
     recovered = Recovered(ledger.results, live, ended, assignments)
     return Found(recovered, [n for n in nodes if n.state != "left"]), sequences
+
+
+async def _outstanding(bus: Bus) -> AsyncIterator[StoredMessage]:
+    """Yield what the work queue ASSIGN still holds, message by message: it lets nobody else read in bulk."""
+    message = await bus.next_message(subjects.ASSIGN, 1, "asg.node.>")
+    while message is not None:
+        yield message
+        message = await bus.next_message(subjects.ASSIGN, message.seq + 1, "asg.node.>")
 
 
 async def _read_ledger(bus: Bus) -> Ledger:
