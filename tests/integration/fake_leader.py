@@ -80,12 +80,12 @@ class FakeLeader:
     def _ask(self, message: Delivery) -> None:
         ask = decode(message.data, Ask)
         known = self.answers.get(ask.what)
-        answer = known(ask.args) if known else Answer(error=f"unknown question {ask.what!r}", kind="usage")
+        answer = known(ask.args) if known else Answer(error=f"unknown question {ask.what!r}", kind="UsageError")
         self.bus.post(message.reply, encode(answer))
 
     def _run(self, args: dict[str, Any]) -> Answer:
         state = self.states.get(args["run"])
-        return Answer(state) if state else Answer(error=f"no run {args['run']!r}", kind="not-found")
+        return Answer(state) if state else Answer(error=f"no run {args['run']!r}", kind="NotFoundError")
 
     def _runs(self, _: dict[str, Any]) -> Answer:
         return Answer([{"run": run, "name": "w", "state": state["state"]} for run, state in self.states.items()])

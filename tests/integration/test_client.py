@@ -296,7 +296,7 @@ async def test_events_in_json_are_read_too(mesh: Mesh, leader: FakeLeader) -> No
     run = await mesh.run("bare")
     follower = asyncio.create_task(run.result(timeout_s=5))
     await asyncio.sleep(0.1)
-    event = b'{"v":1,"run":"bare","seq":9,"at_us":1,"kind":"ended","body":{"state":"succeeded","outputs":{}}}'
+    event = b'{"v":1,"run":"bare","seq":9,"at_us":1,"kind":"ended","state":"succeeded","outputs":{}}'
     leader.bus.post(subjects.tenant_run_event("bare"), event)
     assert (await follower).state == "succeeded"
 

@@ -30,9 +30,10 @@ def decode_event(data: bytes) -> RunEvent:
     if not is_json(data):
         return decode(data, RunEvent)
     try:
-        plain = msgspec.json.decode(data)
-        return RunEvent(plain["run"], plain["seq"], plain["at_us"], plain["kind"], plain.get("body") or {})
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        plain = msgspec.json.decode(data, type=dict[str, Any])
+        run, seq, at_us, kind = (plain.pop(name) for name in ("run", "seq", "at_us", "kind"))
+        return RunEvent(str(run), int(seq), int(at_us), str(kind), plain)
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"unreadable event: {error!r}") from error
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowmesh_cas.errors import (
     ExecutionError,
-    FencedError,
     FlowmeshError,
     IntegrityError,
     InternalError,
@@ -36,20 +35,19 @@ _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MAX_S = 1.0
 
 _CLASSES: dict[str, type[FlowmeshError]] = {
-    "usage": UsageError,
-    "not-found": NotFoundError,
-    "transient": TransientError,
-    "integrity": IntegrityError,
-    "execution": ExecutionError,
-    "fenced": FencedError,
-    "internal": InternalError,
+    "NotFoundError": NotFoundError,
+    "TransientError": TransientError,
+    "NoAnswerError": TransientError,
+    "UnknownOutcomeError": TransientError,
+    "IntegrityError": IntegrityError,
+    "ExecutionError": ExecutionError,
+    "InternalError": InternalError,
 }
 
 
 def error_of(answer: Answer) -> FlowmeshError:
     """Return the error that an answer stands for; what cannot be told apart counts as usage."""
-    kind = answer.kind.lower().replace("_", "-").removesuffix("error").rstrip("-").replace("notfound", "not-found")
-    return _CLASSES.get(kind, UsageError)(answer.error, hint=answer.hint)
+    return _CLASSES.get(answer.kind, UsageError)(answer.error, hint=answer.hint)
 
 
 async def exchange(bus: Bus, subject: str, message: msgspec.Struct, reply: type[M], *, deadline_s: float = DEADLINE_S) -> M:
