@@ -31,11 +31,11 @@ types: setup ## Types (mypy, strict)
 	@.venv/bin/mypy --no-error-summary
 
 bench: setup ## Benchmarks beside the raw broker loop and Ray; lines in out/bench.jsonl, a table at the end
-	@$(python) -c 'import ray' 2>/dev/null || $(python) -m pip --quiet --disable-pip-version-check install -r bench/requirements.txt
+	@$(python) -c 'import ray' 2>/dev/null || $(python) -m pip --quiet --quiet --disable-pip-version-check install -r bench/requirements.txt
 	@$(python) -m bench $(args)
 
 docs: setup ## Write anew the pages of docs/ that are made from the code
-	@$(python) docs/generate.py
+	@$(python) -m flowmesh_mesh.schema
 
 clean: ## Remove what builds, tests and runs leave behind; .venv stays
 	@rm -rf build dist out .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

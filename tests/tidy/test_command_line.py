@@ -63,3 +63,9 @@ def test_documents_name_only_commands_that_exist(executable: str) -> None:
                 if name not in known:
                     wrong.append(f"{page.name}: {executable} {name}")
     assert not wrong
+
+
+def test_published_schema_is_the_one_that_the_catalog_makes() -> None:
+    from flowmesh_mesh.schema import SCHEMA_FILE, schema_text
+
+    assert (ROOT / SCHEMA_FILE).read_text(encoding="utf-8") == schema_text(), "write it anew with `make docs`"
