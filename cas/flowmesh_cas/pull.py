@@ -61,36 +61,52 @@ class BlocksMissingError(NotFoundError):
 
 
 class Pull:
-    """One transfer. ``dropped`` tells which peers were given up and why; ``missing`` what nobody could give."""
+    """One transfer. ``dropped`` tells which peers were given up, and why."""
 
     def __init__(self, *, window: int = WINDOW, strikes_max: int = STRIKES_MAX) -> None:
         self._window = window
         self._strikes_max = strikes_max
         # Queues by who may still be asked; a block moves to a smaller group when a peer lacks it.
         self._queues: dict[Peers, deque[bytes]] = {}
-        self._seen: set[bytes] = set()
+        # Whom each block was ever wanted from, whom of them to fall back to, what came, and what nobody could give.
+        self._known: dict[bytes, Peers] = {}
+        self._fallback: dict[bytes, Peers] = {}
+        self._got: set[bytes] = set()
+        self._given_up: dict[bytes, None] = {}
         self._flying: dict[str, int] = {}
         self._strikes: dict[str, int] = {}
         self._mean_bytes = float(BLOCK_MAX_BYTES) / 64
         self.dropped: dict[str, str] = {}
-        self.missing: list[bytes] = []
 
     def want(self, cids: Iterable[bytes], candidates: Sequence[str]) -> None:
-        """Add blocks to get from any of ``candidates``; a block is wanted once, whoever asks again."""
-        fresh = [cid for cid in cids if cid not in self._seen]
-        self._seen.update(fresh)
-        self._queue(tuple(candidates), fresh)
+        """Add blocks to get from any of ``candidates``; who is named for a block a second time is asked when the first fail."""
+        peers = tuple(candidates)
+        fresh = []
+        for cid in dict.fromkeys(cids):
+            if cid not in self._known:
+                self._known[cid] = peers
+                fresh.append(cid)
+            elif cid not in self._got:
+                self._add_fallback(cid, peers)
+        self._queue(peers, fresh)
+
+    @property
+    def missing(self) -> list[bytes]:
+        """What nobody could give so far."""
+        return list(self._given_up)
 
     def asks(self) -> list[Asking]:
         """Return the questions to send now, as many as the window lets through."""
         asks: list[Asking] = []
-        for candidates in list(self._queues):
-            while sum(self._flying.values()) < self._window:
-                asking = self._next(candidates)
-                if asking is None:
-                    break
-                self._flying[asking.peer] = self._flying.get(asking.peer, 0) + 1
-                asks.append(asking)
+        looked: set[Peers] = set()
+        # Groups may appear while looking, when blocks fall back to other peers.
+        while sum(self._flying.values()) < self._window and (group := self._group_beyond(looked)) is not None:
+            asking = self._next(group)
+            if asking is None:
+                looked.add(group)
+                continue
+            self._flying[asking.peer] = self._flying.get(asking.peer, 0) + 1
+            asks.append(asking)
         return asks
 
     @property
@@ -113,6 +129,7 @@ class Pull:
         others = tuple(peer for peer in asking.candidates if peer != asking.peer)
         self._queue(others, lacking)
         self._queue(asking.candidates, [*again, *asking.cids[len(blocks) :]], first=True)
+        self._got.update(cid for cid, _ in kept)
         if kept:
             self._mean_bytes = sum(len(block) for _, block in kept) / len(kept)
         return Verified(kept, [child for cid, block in kept for child in links(cid, block)], asking.candidates)
@@ -125,7 +142,7 @@ class Pull:
 
     def raise_if_missing(self) -> None:
         """Raise BlocksMissingError when nobody could give some of the blocks."""
-        if self.missing:
+        if self._given_up:
             raise BlocksMissingError(self.missing, self.dropped)
 
     def _verify(self, asking: Asking, blocks: Sequence[bytes | None]) -> tuple[list[Block], list[bytes], list[bytes]]:
@@ -143,6 +160,9 @@ class Pull:
                 again.append(cid)
         return kept, lacking, again
 
+    def _group_beyond(self, looked: set[Peers]) -> Peers | None:
+        return next((group for group in self._queues if group not in looked), None)
+
     def _next(self, candidates: Peers) -> Asking | None:
         queue = self._queues.get(candidates)
         if not queue:
@@ -150,7 +170,7 @@ class Pull:
             return None
         alive = [peer for peer in candidates if peer not in self.dropped]
         if not alive:
-            self.missing.extend(self._queues.pop(candidates))
+            self._give_up(self._queues.pop(candidates))
             return None
         peer = min(alive, key=lambda name: (self._strikes.get(name, 0), self._flying.get(name, 0)))
         strikes = self._strikes.get(peer, 0)
@@ -170,13 +190,32 @@ class Pull:
         if not cids:
             return
         if not candidates:
-            self.missing.extend(cids)
+            self._give_up(cids)
             return
         queue = self._queues.setdefault(candidates, deque())
         if first:
             queue.extendleft(reversed(cids))
         else:
             queue.extend(cids)
+
+    def _give_up(self, cids: Iterable[bytes]) -> None:
+        for cid in cids:
+            fallback = self._fallback.pop(cid, ())
+            if fallback:
+                self._queue(fallback, (cid,))
+            else:
+                self._given_up[cid] = None
+
+    def _add_fallback(self, cid: bytes, peers: Peers) -> None:
+        others = tuple(peer for peer in peers if peer not in self._known[cid])
+        if not others:
+            return
+        self._known[cid] += others
+        if cid in self._given_up:
+            del self._given_up[cid]
+            self._queue(others, (cid,))
+        else:
+            self._fallback[cid] = self._fallback.get(cid, ()) + others
 
     def _landed(self, asking: Asking) -> None:
         self._flying[asking.peer] -= 1
