@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import msgspec
+from msgspec import inspect
 
 from flowmesh_mesh.catalog import OperatorType, Params
 from flowmesh_mesh.messages import PARAMETER_MAX_BYTES
@@ -16,6 +17,15 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[\.\.\.\]")
 _PLAIN_TEMPLATE = re.compile(r"(?:[^{]|\{\{ [A-Za-z_][A-Za-z0-9_]* \}\})*\Z")
 """Text that needs no parser to be known as a template."""
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+
+_HINTS = {
+    "bool": "Write true or false.",
+    "str": "Write text; quote it if it looks like something else.",
+    "int": "Write a whole number in that range.",
+    "float": "Write a number in that range.",
+    "dict": "Write a mapping.",
+    "vartuple": "Write a list.",
+}
 
 
 class ArgumentChecker:
@@ -36,7 +46,8 @@ class ArgumentChecker:
         try:
             seen = kind.name, msgspec.json.encode(given)
         except (TypeError, ValueError, RecursionError):
-            return None  # not plain JSON: noted where references were replaced
+            explain(kind.params, given, place, self._problems)  # what is not plain JSON is noted already
+            return None
         if seen not in self._seen:
             if len(self._seen) > 4096:
                 self._seen.clear()
@@ -113,35 +124,57 @@ def explain(params: type[Params], given: dict[str, Any], place: Place, problems:
         if name not in given:
             if field.required:
                 problems.add(place, f"the parameter {name!r} is missing", f"Add '{name}:'.")
-            continue
-        try:
-            msgspec.convert(given[name], field.type)
-        except msgspec.ValidationError as error:
-            _note((*place, name), given[name], str(error), problems)
+        elif _is_json(given[name]):
+            try:
+                msgspec.convert(given[name], field.type)
+            except msgspec.ValidationError as error:
+                _note((*place, name), given[name], str(error), field.type, problems)
 
 
-def _note(place: Place, value: Any, text: str, problems: Problems) -> None:
+def _is_json(value: Any) -> bool:
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _note(place: Place, value: Any, text: str, type_: Any, problems: Problems) -> None:
+    """Note what msgspec says of a value, at the part of the value that it means."""
     located = _LOCATED.match(text)
     message, steps = (located.group(1), located.group(2) or "") if located else (text, "")
-    at, inside = place, value
+    at, inside, info = place, value, inspect.type_info(type_)
     for key, index in _STEP.findall(steps):
         step: Any = int(index) if index else key
         try:
             inside = inside[step]
         except (KeyError, IndexError, TypeError):
             break
-        at = (*at, step)
+        at, info = (*at, step), _part(info, step)
     unknown = _UNKNOWN.match(message)
     if unknown:
-        problems.add(
-            (*at, unknown.group(1)),
-            f"unknown key {unknown.group(1)!r}",
-            "See the type's parameters in docs/workflows.md.",
-            key=True,
-        )
+        fields = [field.encode_name for field in getattr(info, "fields", ())]
+        hint = nearest(unknown.group(1), fields, "keys")
+        problems.add((*at, unknown.group(1)), f"unknown key {unknown.group(1)!r}", hint, key=True)
         return
     message = message[:1].lower() + message[1:].replace("`", "'")
-    if not isinstance(inside, dict | list):
-        message += f", not {shown(inside)}" if ", got" not in message else f" ({shown(inside)})"
-    hint = "Write true or false." if "'bool'" in message else "Quote it to make it text." if "'str'" in message else ""
-    problems.add(at, message, hint)
+    if "got" in message:
+        message += f" ({shown(inside)})"
+    elif repr(inside) not in message and not isinstance(inside, dict | list):
+        message += f", not {shown(inside)}"
+    problems.add(at, message, _hint(info, inside))
+
+
+def _part(info: Any, step: Any) -> Any:
+    """Return what msgspec knows of a part of a type."""
+    if isinstance(step, int):
+        return getattr(info, "item_type", None)
+    fields = {field.encode_name: field.type for field in getattr(info, "fields", ())}
+    return fields.get(step, getattr(info, "value_type", None))
+
+
+def _hint(info: Any, value: Any) -> str:
+    if isinstance(info, inspect.LiteralType):
+        return nearest(str(value), [str(choice) for choice in info.values], "values")
+    kind = type(info).__name__.removesuffix("Type").lower()
+    return _HINTS.get(kind, "See the type's parameters in docs/workflows.md.")

@@ -105,7 +105,8 @@ def parse_yaml(text: str, file: str = "") -> tuple[Any, Positions]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        what = ", ".join(part for part in (error.context, error.problem) if part)
+        begun = f" begun on line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
+        what = ", ".join(part for part in (f"{error.context}{begun}" if error.context else "", error.problem) if part)
         builder.broken(line, column, f"not YAML: {what}", "Mend the syntax at this place; quote text that holds ': ' or '#'.")
     except yaml.YAMLError as error:
         line = text.count("\n", 0, getattr(error, "position", 0) or 0) + 1
