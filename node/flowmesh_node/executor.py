@@ -106,7 +106,8 @@ class Executor:
                 case frames.Settled():
                     watch.on_settled(frame)
                 case frames.Line():
-                    watch.on_line(frame.text)
+                    for line in frame.text.splitlines():
+                        watch.on_line(line)
                 case frames.Loaded():
                     self.resident = frame.resident
                     limit.reschedule(asyncio.get_running_loop().time() + timeout_s if timeout_s else None)

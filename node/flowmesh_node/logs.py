@@ -27,9 +27,13 @@ class LineTap:
         self._timer: asyncio.TimerHandle | None = None
 
     def line(self, text: str) -> None:
-        """Take one line, without its end."""
-        text = text.rstrip("\r\n")[:LINE_MAX_CHARS]
+        """Take one line, without its end; a long one is sent in pieces."""
+        text = text.rstrip("\r\n")
         self._keep(text)
+        for begin in range(0, len(text) or 1, LINE_MAX_CHARS):
+            self._pass_on(text[begin : begin + LINE_MAX_CHARS])
+
+    def _pass_on(self, text: str) -> None:
         if self._is_over_rate():
             self._left_out += 1
             return
@@ -41,12 +45,12 @@ class LineTap:
             self._timer = asyncio.get_running_loop().call_later(SEND_DELAY_S, self.flush)
 
     def _keep(self, text: str) -> None:
-        data = text.encode() + b"\n"
-        if self._kept_bytes + len(data) <= KEPT_MAX_BYTES and not self._cut_bytes:
-            self._kept.append(data)
-            self._kept_bytes += len(data)
-        else:
-            self._cut_bytes += len(data)
+        data = text.encode(errors="replace") + b"\n"
+        room = KEPT_MAX_BYTES - self._kept_bytes
+        if room > 0:
+            self._kept.append(data[:room])
+        self._kept_bytes = min(KEPT_MAX_BYTES, self._kept_bytes + len(data))
+        self._cut_bytes += max(0, len(data) - room)
 
     def _is_over_rate(self) -> bool:
         now = time.monotonic()
@@ -71,5 +75,5 @@ class LineTap:
 
     def kept(self) -> bytes:
         """Return the log as it is kept, with a note about what was cut; empty when nothing was printed."""
-        note = f"[cut here: {self._cut_bytes} more bytes]\n".encode() if self._cut_bytes else b""
+        note = f"\n[cut here: {self._cut_bytes} more bytes]\n".encode() if self._cut_bytes else b""
         return b"".join(self._kept) + note
