@@ -168,6 +168,18 @@ def test_many_reads_pass_over_what_went_bad(tmp_path: Path) -> None:
         assert not store.has(block(1)[0])
 
 
+def test_a_pack_that_was_replaced_under_a_reader_costs_no_block(tmp_path: Path) -> None:
+    with PackStore(tmp_path) as store:
+        store.put_many([block(1)])
+        assert store.get(block(1)[0]) == block(1)[1]
+        (path,) = packs(tmp_path)
+        old = tmp_path / "old"
+        path.rename(old)
+        path.write_bytes(old.read_bytes())
+        old.write_bytes(bytes(old.stat().st_size))
+        assert store.get(block(1)[0]) == block(1)[1]
+
+
 def test_a_pack_that_is_gone_makes_its_blocks_missing(tmp_path: Path) -> None:
     with PackStore(tmp_path) as store:
         store.put_many([block(1)])
