@@ -73,8 +73,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on stdout."""
-    console().print(table(columns, rows))
+    """Print a table on stdout; no line ends in blanks, for those who cut and compare."""
+    screen = console()
+    if screen.is_terminal:
+        screen.print(table(columns, rows))
+        return
+    with screen.capture() as captured:
+        screen.print(table(columns, rows))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def size(size_bytes: Any) -> str:

@@ -175,7 +175,7 @@ def cancel(run: RunArgument, as_json: AsJson = False, context: ContextOption = N
 
     async def end(mesh: Mesh) -> dict[str, Any]:
         handle = await mesh.run(run)
-        results = await handle.cancel(actor="command line")
+        results = await handle.cancel()
         return {"run": handle.id, "state": results.state, "reason": results.reason, "actor": results.actor}
 
     found = on_mesh(context, tenant, end)

@@ -102,13 +102,12 @@ async def _submit(mesh: Mesh, prepared: Prepared, run: str | None, *, is_watched
     handle = await mesh.submit_prepared(prepared, run)
     found = describe(prepared)
     document = {"run": handle.id, **found, "state": "accepted"}
-    if not as_json:
-        print(f"run {handle.id} accepted: {found['name']}, {found['operators']} operators", flush=True)
     if is_watched:
         await to_end(handle, document, as_json=as_json)
     elif as_json:
         print_json(document)
     else:
+        print(f"run {handle.id} accepted: {found['name']}, {found['operators']} operators")
         print_next(handle.id, ("watch", ""), ("show", ""), ("get", " -o results"))
 
 
