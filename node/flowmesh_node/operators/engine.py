@@ -15,9 +15,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flowmesh_cas.errors import ExecutionError
+from flowmesh_node import models
 from flowmesh_node.operators.base import Input, Model
 
 PREFILL_ROWS = 8
@@ -48,8 +50,6 @@ def torch_module() -> Any:
     for name, setting in _ENVIRONMENT.items():
         if early:
             os.environ.setdefault(name, setting)
-    # Models are local folders by now.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import torch
         import transformers
@@ -65,6 +65,18 @@ def torch_module() -> Any:
     elif threads := os.environ.get("FLOWMESH_THREADS"):
         torch.set_num_threads(max(1, int(threads)))
     return torch
+
+
+def folder_of(model: Model) -> str:
+    """Return the folder of a model's files: the one given, or made ready here, by one process of the machine."""
+    if model.path:
+        return str(models.loadable(Path(model.path)))
+    return str(models.materialise(model.reference, model.digest))
+
+
+def resident() -> tuple[str, ...]:
+    """Return the digests of the causal language models in memory."""
+    return tuple(dict.fromkeys(digest for digest, _ in _loaded))
 
 
 def device_name() -> str:
@@ -130,7 +142,7 @@ def load(model: Model, dtype: str) -> Loaded:
     if key not in _loaded:
         while len(_loaded) >= LOADED_MODELS:
             _loaded.popitem(last=False)
-        _loaded[key] = read_model(model.path, dtype)
+        _loaded[key] = read_model(folder_of(model), dtype)
     _loaded.move_to_end(key)
     return _loaded[key]
 

@@ -44,7 +44,8 @@ class Train:
     types: tuple[str, ...] = ("train.sft", "train.dpo")
 
     def load(self, batch: Batch) -> None:
-        """Import what training needs; the model itself is read anew for each training, which changes it."""
+        """Import what training needs and make the model ready; it is read anew for each training, which changes it."""
+        engine.folder_of(batch.models["model"])
         engine.torch_module()
         for name in ("peft", "trl", "datasets"):
             importlib.import_module(name)
@@ -66,10 +67,11 @@ class Train:
 
 def _trained(kind: str, item: Item, model: Model, folder: Path, log: Log) -> tuple[dict[str, list[Content]], int]:
     params: TrainParams = params_of(item, SftParams) if kind == "train.sft" else params_of(item, DpoParams)
-    tokenizer = engine.read_tokenizer(model.path)
+    path = engine.folder_of(model)
+    tokenizer = engine.read_tokenizer(path)
     examples = _examples(params, item.rows(), tokenizer)
     log(f"{len(examples)} examples, {params.steps} steps of {params.batch_size}")
-    trainer = _trainer(params, examples, tokenizer, model, folder, log)
+    trainer = _trainer(params, examples, tokenizer, path, folder, log)
     try:
         trainer.train()
     except RuntimeError as error:
@@ -111,7 +113,7 @@ def _examples(params: TrainParams, rows: list[Row], tokenizer: Any) -> list[dict
     return examples
 
 
-def _trainer(params: TrainParams, examples: list[dict[str, Any]], tokenizer: Any, model: Model, folder: Path, log: Log) -> Any:
+def _trainer(params: TrainParams, examples: list[dict[str, Any]], tokenizer: Any, path: str, folder: Path, log: Log) -> Any:
     torch = engine.torch_module()
     import transformers
     from datasets import Dataset, disable_progress_bars
@@ -147,7 +149,7 @@ def _trainer(params: TrainParams, examples: list[dict[str, Any]], tokenizer: Any
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
-    loaded = engine.read_model(model.path, params.dtype).model
+    loaded = engine.read_model(path, params.dtype).model
     handed: dict[str, Any] = {
         "model": loaded,
         "train_dataset": Dataset.from_list(examples),
@@ -200,7 +202,8 @@ def metric_rows(history: list[dict[str, Any]]) -> list[Row]:
 def write_adapter(model: Any, base_digest: str, folder: Path) -> None:
     """Write a PEFT folder of exactly two files, the same bytes for the same adapter."""
     raw = folder.with_name("peft")
-    model.save_pretrained(str(raw), safe_serialization=True)
+    # Otherwise PEFT asks the hub whether the vocabulary has changed.
+    model.save_pretrained(str(raw), save_embedding_layers=False)
     written = json.loads((raw / "adapter_config.json").read_text(encoding="utf-8"))
     config = {key: written[key] for key in _ADAPTER_KEYS}
     config["target_modules"] = sorted(written["target_modules"])
