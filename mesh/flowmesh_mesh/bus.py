@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -482,11 +482,7 @@ class Bus:
         return await self._read(stream, {"seq": seq})
 
     async def next_message(self, stream: str, from_seq: int, subject_filter: str = ">") -> StoredMessage | None:
-        """Return the first message at or after ``from_seq`` whose subject matches; None when there is none."""
-        return await self._read(stream, {"seq": from_seq, "next_by_subj": subject_filter})
-
-    async def next_message(self, stream: str, from_seq: int, subject_filter: str) -> StoredMessage | None:
-        """Return the first message at or after ``from_seq`` whose subject matches; for work queues, which take no second reader."""
+        """Return the first message at or after ``from_seq`` whose subject matches, as the leader knows it; None when there is none."""
         return await self._read(stream, {"seq": max(1, from_seq), "next_by_subj": subject_filter})
 
     async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:
@@ -512,7 +508,7 @@ class Bus:
         pull.start()
         return pull
 
-    def read_stream(self, stream: str, subject_filter: str = "", from_seq: int = 1) -> AsyncIterator[StoredMessage]:
+    def read_stream(self, stream: str, subject_filter: str = "", from_seq: int = 1) -> AsyncGenerator[StoredMessage, None]:
         """Iterate over what the stream holds now, in order; messages that come later are not included."""
         from flowmesh_mesh.replay import read_stream
 
@@ -571,9 +567,12 @@ class Bus:
             return False
         return True
 
-    async def purge(self, stream: str, subject: str = "") -> None:
-        """Delete all messages, or those of ``subject`` (wildcards allowed)."""
-        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject} if subject else b"", _Done, f"purging {stream}")
+    async def purge(self, stream: str, subject: str = "", *, below_seq: int = 0) -> None:
+        """Delete all messages, or those of ``subject`` (wildcards allowed), or those with a sequence below ``below_seq``."""
+        body: dict[str, Any] = {"filter": subject} if subject else {}
+        if below_seq:
+            body["seq"] = below_seq
+        await self._api(f"STREAM.PURGE.{stream}", body or b"", _Done, f"purging {stream}")
 
     async def delete_stream(self, stream: str) -> None:
         """Delete a stream and all it holds; it is no error when there is none."""

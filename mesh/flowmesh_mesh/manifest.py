@@ -161,7 +161,8 @@ class ResultRecord(_Kept, frozen=True):
     """A ledger entry: operator key and generation -> result. Links make the lineage of a run one Merkle DAG.
 
     ``operator`` is the CID of the identity record (its digest is the operator key); ``result`` the CID of the
-    :class:`ResultManifest`, whose outputs are repeated here so that readers need no second look-up.
+    :class:`ResultManifest`, whose outputs are repeated here so that readers need no second look-up. ``inline`` holds the
+    outputs themselves when they are small: then the ledger keeps them, whatever becomes of the node.
     """
 
     operator: bytes
@@ -176,6 +177,7 @@ class ResultRecord(_Kept, frozen=True):
     metered: Metered = Metered()
     log: Ref | None = None
     committed_at_us: int = 0
+    inline: list[bytes] = []
     v: int = MANIFEST_VERSION
 
 

@@ -59,11 +59,13 @@ class ConsumerConfig(msgspec.Struct, frozen=True):
 
 
 def submit(replicas: int = 1) -> StreamConfig:
-    """Submissions and cancellations of all tenants; the subject ends with the tenant's key."""
+    """Submissions and cancellations of all tenants; the subject ends with the tenant's key.
+
+    The leader removes what it has settled in bulk: a work queue would sync each removal on its own.
+    """
     return StreamConfig(
         subjects.SUBMIT,
         ["fm.submit.*", "fm.cancel.*"],
-        retention="workqueue",
         num_replicas=replicas,
         duplicate_window=120 * SECOND_NS,
     )
@@ -75,11 +77,13 @@ def ready(replicas: int = 1) -> StreamConfig:
 
 
 def assign(first_seq_ms: int, replicas: int = 1) -> StreamConfig:
-    """Assignments and the epoch records that guard them; ``first_seq_ms`` is the current time."""
+    """Assignments and the epoch records that guard them; ``first_seq_ms`` is the current time.
+
+    The leader removes what is settled in bulk: a work queue would sync each removal on its own.
+    """
     return StreamConfig(
         subjects.ASSIGN,
         ["asg.>"],
-        retention="workqueue",
         allow_atomic=True,
         max_consumers=20_000,
         first_seq=first_seq_ms,

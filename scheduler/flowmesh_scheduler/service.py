@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from flowmesh_mesh.messages import (
     is_json,
 )
 from flowmesh_scheduler import asks, intake
+from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.config import Config
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
@@ -47,6 +49,8 @@ log = logging.getLogger("flowmesh.scheduler")
 TICK_S = 0.1
 ACCEPTANCE_INLINE_MAX_BYTES = 64 * 1024
 KEEP_DEADLINE_S = 120.0
+ENDS_GATHERED_S = 0.05
+SWEEP_S = 2.0
 REPORTS_REMEMBERED = 4096
 
 
@@ -74,7 +78,11 @@ class Leader:
         self.resolver = Resolver(bus, lambda: [n.name for n in self.state.nodes.values() if n.is_usable])
         self.ledger = GuardedStream(bus, subjects.LEDGER, subjects.LEDGER_EPOCHS, subjects.ledger_epoch, self._fenced)
         self.assign = GuardedStream(bus, subjects.ASSIGN, subjects.ASSIGN_EPOCHS, subjects.assign_epoch, self._fenced)
-        self._sequences: dict[str, int] = {}
+        self._ending: dict[tuple[str, str], bytes] = {}
+        self.queue = AssignmentQueue(bus)
+        self._requests: set[int] = set()
+        self._requests_swept = 0
+        self._last_request = 0
         self.tenant_roots: dict[str, set[bytes]] = {}
         self._inline: dict[tuple[str, str], list[bytes]] = {}
         self._accepting: dict[tuple[str, str], asyncio.Future[bool]] = {}
@@ -92,6 +100,7 @@ class Leader:
             await self._take_over()
             self._spawn(self._tick())
             self._spawn(self._renew())
+            self._spawn(self._sweep())
             return await self.lost
         finally:
             await self._close()
@@ -104,8 +113,7 @@ class Leader:
         self.state.epoch = epoch
         self.feeds = Feeds(self.bus.post, now_us, first=epoch)
         await self._listen_to_nodes()
-        found, sequences = await read_state(self.bus, self.hub, self.state, at_us)
-        self._sequences.update(sequences)
+        found = await read_state(self.bus, self.hub, self.state, self.queue)
         for record in found.nodes:
             await self._join(record)
         self._is_ready = True
@@ -187,6 +195,17 @@ class Leader:
             await asyncio.sleep(TICK_S)
             self.apply(e.Tick())
 
+    async def _sweep(self) -> None:
+        """Remove what is settled from the streams of requests and assignments."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            with contextlib.suppress(TransientError):
+                await self.queue.sweep()
+                settled = self._last_request if not self._requests else min(self._requests) - 1
+                if settled > self._requests_swept:
+                    await self.bus.purge(subjects.SUBMIT, below_seq=settled + 1)
+                    self._requests_swept = settled
+
     async def _renew(self) -> None:
         """Keep the lease; fail closed when it cannot be kept."""
         loop = asyncio.get_running_loop()
@@ -237,11 +256,7 @@ class Leader:
         assignment = command.assignment
         future = self.assign.write(subjects.assign(assignment.node, assignment.id), encode(assignment))
 
-        def stored(done: asyncio.Future[int]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self._sequences[assignment.id] = done.result()
-
-        future.add_done_callback(stored)
+        self.queue.note(assignment.node, assignment.id, future)
 
     def _commit(self, command: c.CommitResults) -> None:
         waiting = [
@@ -267,16 +282,12 @@ class Leader:
         message = command.message
         self.bus.post(subjects.node_control(command.node), encode(message))
         if getattr(message, "closed", False):
-            self._sequences.pop(message.assignment, None)
+            self.queue.settle(command.node, message.assignment)
 
     def _release(self, command: c.Release) -> None:
-        sequence = self._sequences.pop(command.assignment, 0)
+        sequence = self.queue.settle(command.node, command.assignment)
         if sequence:
-            self._spawn(self._delete(sequence))
-
-    async def _delete(self, sequence: int) -> None:
-        with contextlib.suppress(TransientError):
-            await self.bus.delete_message(subjects.ASSIGN, sequence)
+            self._spawn(self.queue.delete(sequence))
 
     def _locate(self, command: c.Locate) -> None:
         self._spawn(self._locate_now(command))
@@ -326,13 +337,20 @@ class Leader:
             "saved_us": end.saved_us,
         }
         self.feeds.tell(*pair, "ended", body)
-        future = self.ledger.write(subjects.ledger_ended(*pair), encode_record(end))
+        if not self._ending:
+            asyncio.get_running_loop().call_later(ENDS_GATHERED_S, self._write_ends)
+        self._ending[pair] = encode_record(end)
 
-        def ended(done: asyncio.Future[int]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self.apply(e.Ended(*pair))
+    def _write_ends(self) -> None:
+        """Write the ends of a moment together: they follow from results that are in the ledger, so nobody waits for them."""
+        ending, self._ending = self._ending, {}
+        for pair, record in ending.items():
+            future = self.ledger.write(subjects.ledger_ended(*pair), record)
+            future.add_done_callback(partial(self._ended, pair))
 
-        future.add_done_callback(ended)
+    def _ended(self, pair: tuple[str, str], done: asyncio.Future[int]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self.apply(e.Ended(*pair))
 
     def _change(self, command: c.Change) -> None:
         self.feeds.tell_changes(command.tenant, command.run, list(command.changes), command.counts)
@@ -386,7 +404,7 @@ class Leader:
             return
         blocks = check_codecs([codec for codec, _ in done.blocks], [block for _, block in done.blocks])
         self.hub.put_soon(blocks)
-        self.apply(e.DoneReceived(done, frozenset(cid for cid, _ in blocks)))
+        self.apply(e.DoneReceived(done, dict(blocks)))
 
     def _on_log(self, delivery: Delivery) -> None:
         message = _read(delivery, Log)
@@ -414,11 +432,21 @@ class Leader:
 
     def _on_stored_request(self, delivery: Delivery) -> None:
         """A submission or cancellation from the stream: settled once the ledger shows it."""
+        sequence = delivery.seq
+        self._last_request = max(self._last_request, sequence)
+        self._requests.add(sequence)
         future = self._take_request(delivery)
+
+        def settled(done: asyncio.Future[bool]) -> None:
+            if not done.cancelled():
+                self._requests.discard(sequence)
+                delivery.post_ack()
+
         if future is None:
+            self._requests.discard(sequence)
             delivery.post_ack()
         else:
-            future.add_done_callback(lambda done: delivery.post_ack() if not done.cancelled() else None)
+            future.add_done_callback(settled)
 
     def _on_submit(self, delivery: Delivery) -> asyncio.Future[bool] | None:
         """Take a submission, from the subject itself or from the stream, whichever is first."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from flowmesh_cas.cid import RAW, cid_of
 from flowmesh_cas.errors import FlowmeshError, IntegrityError, UsageError
 from flowmesh_mesh import subjects
-from flowmesh_mesh.bus import Bus, StoredMessage
+from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.manifest import (
     Acceptance,
     Cancellation,
@@ -19,6 +19,7 @@ from flowmesh_mesh.manifest import (
     record_cid,
 )
 from flowmesh_mesh.messages import Assignment, NodeRecord, decode
+from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.hub import Hub, name_blocks
@@ -44,9 +45,10 @@ class Found:
     nodes: list[NodeRecord]
 
 
-async def read_state(bus: Bus, hub: Hub, state: State, at_us: int) -> tuple[Found, dict[str, int]]:
-    """Read streams and manifests; return what was found, and the sequence of each outstanding assignment."""
+async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -> Found:
+    """Read streams and manifests; the queue learns where each outstanding assignment stands."""
     ledger = await _read_ledger(bus)
+    _restore_results(hub, state, ledger)
     live: list[RecoveredRun] = []
     for pair, acceptance in ledger.acceptances.items():
         await _restore_blocks(hub, acceptance)
@@ -57,26 +59,17 @@ async def read_state(bus: Bus, hub: Hub, state: State, at_us: int) -> tuple[Foun
                 _note_inputs(state, run.manifest)
     ended = [(end, ledger.acceptances.get(pair)) for pair, end in ledger.ends.items()]
     assignments: list[Assignment] = []
-    sequences: dict[str, int] = {}
-    async for message in _outstanding(bus):
+    async for message in bus.read_stream(subjects.ASSIGN, "asg.node.>"):
         try:
             assignment = decode(message.data, Assignment)
         except UsageError as error:
             log.warning("assignment %d cannot be read: %s", message.seq, error)
             continue
         assignments.append(assignment)
-        sequences[assignment.id] = message.seq
+        queue.found(assignment.node, assignment.id, message.seq)
     nodes = [decode(message.data, NodeRecord) async for message in bus.read_stream(subjects.NODES, "fm.nodes.*")]
     recovered = Recovered(ledger.results, live, ended, assignments)
-    return Found(recovered, [n for n in nodes if n.state != "left"]), sequences
-
-
-async def _outstanding(bus: Bus) -> AsyncIterator[StoredMessage]:
-    """Yield what the work queue ASSIGN still holds, message by message: it lets nobody else read in bulk."""
-    message = await bus.next_message(subjects.ASSIGN, 1, "asg.node.>")
-    while message is not None:
-        yield message
-        message = await bus.next_message(subjects.ASSIGN, message.seq + 1, "asg.node.>")
+    return Found(recovered, [n for n in nodes if n.state != "left"])
 
 
 async def _read_ledger(bus: Bus) -> Ledger:
@@ -108,6 +101,18 @@ async def _restore_blocks(hub: Hub, acceptance: Acceptance) -> None:
     if acceptance.blocks and not hub.holds(acceptance.manifest):
         named, _ = name_blocks([acceptance.manifest], acceptance.blocks)
         hub.put_soon(named)
+
+
+def _restore_results(hub: Hub, state: State, ledger: Ledger) -> None:
+    """Small results are kept by the ledger itself: the hub holds them, whatever happened to its last writes."""
+    named: dict[bytes, bytes] = {}
+    for _, record in ledger.results:
+        for block in record.inline:
+            named[cid_of(RAW, block)] = block
+    for cid in named:
+        state.places.setdefault(cid, set()).add(subjects.HUB)
+    cids = list(named)
+    hub.put_soon([(cid, named[cid]) for cid, is_here in zip(cids, hub.store.has_many(cids), strict=True) if not is_here])
 
 
 def _recover(hub: Hub, acceptance: Acceptance, cancellation: Cancellation | None) -> RecoveredRun | None:

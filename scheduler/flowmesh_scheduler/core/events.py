@@ -48,10 +48,10 @@ class NodeDisconnected:
 
 @dataclass(frozen=True, slots=True)
 class DoneReceived:
-    """Results of an assignment whose receipt has been verified; ``at_hub`` are roots that came inline and are kept."""
+    """Results of an assignment whose receipt has been verified; ``blocks`` came inline, by CID, and the hub keeps them."""
 
     done: Done
-    at_hub: frozenset[bytes] = frozenset()
+    blocks: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

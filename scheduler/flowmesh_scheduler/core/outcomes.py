@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flowmesh_cas.cid import DAG_CBOR, cid_from_digest
 from flowmesh_mesh import receipts
@@ -18,6 +18,9 @@ from flowmesh_scheduler.core.state import Outstanding, Result, Speed, State, Ver
 
 _RETRIED = frozenset({Reason.CRASHED, Reason.OOM, Reason.TIMEOUT, Reason.INTERNAL})
 _INPUT_MISSES_LIMIT = 5
+
+INLINE_MAX_BYTES = 4096
+"""Results up to this size are kept by the ledger itself."""
 
 
 def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None:
@@ -48,7 +51,7 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                     len(done.outcomes),
                     list(receipts.path(tree, index)),
                 )
-                _succeed(state, work, outcome, done, receipt, event.at_hub, now_us, out)
+                _succeed(state, work, outcome, done, receipt, event.blocks, now_us, out)
             elif work.assignment == done.assignment:
                 _forget(outstanding, work)
                 _fail(state, work, outcome, done.node, now_us, out)
@@ -104,11 +107,11 @@ def _succeed(
     outcome: Outcome,
     done: Done,
     receipt: Receipt,
-    at_hub: frozenset[bytes],
+    blocks: Mapping[bytes, bytes],
     now_us: int,
     out: Outbox,
 ) -> None:
-    _note_places(state, outcome, done.node, at_hub)
+    _note_places(state, outcome, done.node, blocks)
     _learn(state, work, outcome)
     if work.assignment and work.assignment != done.assignment:
         take_away(state, work, out)
@@ -129,6 +132,7 @@ def _succeed(
         metered=outcome.metered,
         log=outcome.log,
         committed_at_us=now_us,
+        inline=_small(outcome, blocks),
     )
     block = encode_record(record)
     work.state = WorkState.COMMITTING
@@ -177,14 +181,23 @@ def origins_of(vertex: Vertex) -> list[Origin]:
     return found
 
 
-def _note_places(state: State, outcome: Outcome, node: str, at_hub: frozenset[bytes]) -> None:
+def _small(outcome: Outcome, blocks: Mapping[bytes, bytes]) -> list[bytes]:
+    """Return the outputs themselves if all are small and came along: the ledger keeps them then."""
+    if not blocks:
+        return []
+    found = {ref.cid: blocks.get(ref.cid) for refs in outcome.outputs.values() for ref in refs}
+    small = [block for block in found.values() if block is not None]
+    return small if len(small) == len(found) and sum(map(len, small)) <= INLINE_MAX_BYTES else []
+
+
+def _note_places(state: State, outcome: Outcome, node: str, blocks: Mapping[bytes, bytes]) -> None:
     for refs in outcome.outputs.values():
         for ref in refs:
             places = state.places.get(ref.cid)
             if places is None:
                 places = state.places[ref.cid] = set()
             places.add(node)
-            if ref.cid in at_hub:
+            if ref.cid in blocks:
                 places.add(HUB)
 
 
