@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,14 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedMesh]:
-    async with embedded_mesh(tmp_path_factory.mktemp("mesh") / "m", nodes=1, tenants=("team-a", "team-b")) as made:
-        yield made
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMesh]:
+    with asyncio.Runner() as runner:
+        around = embedded_mesh(tmp_path_factory.mktemp("mesh") / "m", nodes=1, tenants=("team-a", "team-b"))
+        made = runner.run(around.__aenter__())
+        try:
+            yield made
+        finally:
+            runner.run(around.__aexit__(None, None, None))
 
 
 @pytest.fixture
@@ -76,17 +82,7 @@ def shell(mesh: EmbeddedMesh, tmp_path: Path) -> Shell:
     return Shell(tmp_path, mesh.path)
 
 
-@pytest.fixture(scope="module")
-def event_loop_policy() -> Any:
-    import asyncio
-
-    return asyncio.DefaultEventLoopPolicy()
-
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-async def test_a_workflow_goes_from_file_to_files(shell: Shell, tmp_path: Path) -> None:
+def test_a_workflow_goes_from_file_to_files(shell: Shell, tmp_path: Path) -> None:
     done = shell.run("submit", "w.yaml", "--watch", "--param", "n=11")
     assert done.returncode == 0, done.stderr
     assert "adults done" in done.stdout
@@ -106,7 +102,7 @@ async def test_a_workflow_goes_from_file_to_files(shell: Shell, tmp_path: Path) 
     assert state["outputs"]["adults"][0]["cid"] in table
 
 
-async def test_every_cid_that_the_lineage_names_can_be_fetched_and_verifies(shell: Shell, tmp_path: Path) -> None:
+def test_every_cid_that_the_lineage_names_can_be_fetched_and_verifies(shell: Shell, tmp_path: Path) -> None:
     run = shell.json("submit", "w.yaml", "--watch", "--param", "n=12")["run"]
     lineage = shell.json("lineage", run)
     assert {record["type"] for record in lineage["records"]} == {"data.load", "data.sql", "flow.noop"}
@@ -124,7 +120,7 @@ async def test_every_cid_that_the_lineage_names_can_be_fetched_and_verifies(shel
     assert "people (data.load)" in shell.run("lineage", run).stdout
 
 
-async def test_the_mesh_and_its_runs_are_shown(shell: Shell) -> None:
+def test_the_mesh_and_its_runs_are_shown(shell: Shell) -> None:
     run = shell.json("submit", "w.yaml")["run"]
     assert run in [row["run"] for row in shell.json("ls")]
     assert run in shell.run("ls").stdout
@@ -136,7 +132,7 @@ async def test_the_mesh_and_its_runs_are_shown(shell: Shell) -> None:
     assert node in shell.run("nodes").stdout
 
 
-async def test_another_tenant_sees_neither_runs_nor_contents(shell: Shell) -> None:
+def test_another_tenant_sees_neither_runs_nor_contents(shell: Shell) -> None:
     run = shell.json("submit", "w.yaml", "--watch", "--param", "n=13")["run"]
     cid = shell.json("show", run)["outputs"]["adults"][0]["cid"]
     assert run not in [row["run"] for row in shell.json("ls", "--tenant", "team-b")]
@@ -145,7 +141,7 @@ async def test_another_tenant_sees_neither_runs_nor_contents(shell: Shell) -> No
     assert shell.json("show", run, "--tenant", "nobody", code=4)["error"]["message"] == "no credentials of tenant 'nobody'"
 
 
-async def test_a_run_is_cancelled_and_says_by_whom(shell: Shell) -> None:
+def test_a_run_is_cancelled_and_says_by_whom(shell: Shell) -> None:
     run = shell.json("submit", "slow.yaml")["run"]
     found = shell.json("cancel", run)
     assert (found["state"], found["reason"]) == ("cancelled", "cancelled")
@@ -155,14 +151,14 @@ async def test_a_run_is_cancelled_and_says_by_whom(shell: Shell) -> None:
     assert "cancelled" in watched.stderr
 
 
-async def test_submitting_the_same_id_twice_is_one_run(shell: Shell) -> None:
+def test_submitting_the_same_id_twice_is_one_run(shell: Shell) -> None:
     assert shell.json("submit", "w.yaml", "--run", "twice")["run"] == "twice"
     assert shell.json("submit", "w.yaml", "--run", "twice")["run"] == "twice"
     other = shell.json("submit", "w.yaml", "--run", "twice", "--param", "n=99", code=2)
     assert "another workflow" in other["error"]["message"]
 
 
-async def test_a_function_that_raises_fails_the_run_with_its_message(shell: Shell, tmp_path: Path) -> None:
+def test_a_function_that_raises_fails_the_run_with_its_message(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "words.py").write_text("def talk():\n    print('before')\n    raise ValueError('no good')\n")
     done = shell.run("submit", "talks.yaml", "--watch")
     assert done.returncode == 3, done.stdout + done.stderr
@@ -172,7 +168,7 @@ async def test_a_function_that_raises_fails_the_run_with_its_message(shell: Shel
     assert "before" in shell.run("logs", run).stdout
 
 
-async def test_logs_are_printed_and_cannot_drive_the_terminal(shell: Shell) -> None:
+def test_logs_are_printed_and_cannot_drive_the_terminal(shell: Shell) -> None:
     run = shell.json("submit", "talks.yaml", "--watch")["run"]
     assert [entry["line"] for entry in shell.json("logs", run, "talk")][:2] == ["one", "two\x1b[2J"]
     assert shell.run("logs", run, "talk").stdout.splitlines()[:2] == ["one", "two\N{REPLACEMENT CHARACTER}[2J"]
@@ -180,7 +176,7 @@ async def test_logs_are_printed_and_cannot_drive_the_terminal(shell: Shell) -> N
     assert shell.json("logs", run, "nobody", code=4)["error"]["kind"] == "NotFoundError"
 
 
-async def test_ctrl_c_leaves_the_run_alone(shell: Shell) -> None:
+def test_ctrl_c_leaves_the_run_alone(shell: Shell) -> None:
     process = subprocess.Popen(
         [COMMAND, "submit", "slow.yaml", "--watch", "--run", "left-alone"],
         cwd=shell.folder,
@@ -199,7 +195,7 @@ async def test_ctrl_c_leaves_the_run_alone(shell: Shell) -> None:
     shell.json("cancel", "left-alone")
 
 
-async def test_a_run_is_drawn_live_on_a_terminal(shell: Shell) -> None:
+def test_a_run_is_drawn_live_on_a_terminal(shell: Shell) -> None:
     ours, theirs = pty.openpty()
     environment = {**shell.environment, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
     process = subprocess.Popen(
@@ -227,7 +223,7 @@ async def test_a_run_is_drawn_live_on_a_terminal(shell: Shell) -> None:
     assert b"flowmesh get" in seen
 
 
-async def test_a_mesh_that_is_down_is_told_as_such(shell: Shell, mesh: EmbeddedMesh, tmp_path: Path) -> None:
+def test_a_mesh_that_is_down_is_told_as_such(shell: Shell, mesh: EmbeddedMesh, tmp_path: Path) -> None:
     context = json.loads(Path(mesh.path).read_text())
     context["urls"] = ["nats://127.0.0.1:1"]
     entries = context["tenants"].values()

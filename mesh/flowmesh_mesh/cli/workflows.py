@@ -102,6 +102,7 @@ async def _submit(mesh: Mesh, prepared: Prepared, run: str | None, *, is_watched
     handle = await mesh.submit_prepared(prepared, run)
     found = describe(prepared)
     document = {"run": handle.id, **found, "state": "accepted"}
+    del document["outputs"]  # names here, contents once the run has ended
     if is_watched:
         await to_end(handle, document, as_json=as_json)
     elif as_json:

@@ -57,7 +57,6 @@ class Feed:
         self.run = run
         self.end: RunEvent | None = None
         self.state = ""
-        self.manifest = ""
         self._state = state
         self._on_end = on_end
         self._events: deque[RunEvent] = deque()
@@ -125,7 +124,6 @@ class Feed:
                     self._append(event)
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        self.manifest = str(state.get("manifest") or "")
         seq = int(state.get("seq") or 0)
         ended = state.get("state") in ENDS
         if self._last_seq is None or seq > self._last_seq or ended:

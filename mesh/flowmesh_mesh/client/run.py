@@ -184,11 +184,6 @@ class Run:
         """Return the event that ended the run, if it has arrived."""
         return self._feed.end
 
-    @property
-    def known_manifest(self) -> str:
-        """Return the CID text of the manifest as the leader told it, empty when it had no reason to."""
-        return self._feed.manifest
-
     def ask_again(self) -> None:
         """Have the state asked for now: no event may come (the run existed before)."""
         self._feed.heal()

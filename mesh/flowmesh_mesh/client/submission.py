@@ -118,7 +118,8 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
     mesh.keep(handle, stored)
     if handle.end is not None:
         mesh.forget(handle)
-    _check_same(handle, compiled.cid)
+    if is_named:
+        await _check_same(handle, compiled.cid)
     return handle
 
 
@@ -152,8 +153,9 @@ def rejection(run: str, body: Mapping[str, Any]) -> UsageError:
     return UsageError(f"run {run} was rejected: {text}" + "".join(f"\n  {problem}" for problem in problems))
 
 
-def _check_same(handle: Run, cid: bytes) -> None:
-    known = handle.known_manifest
+async def _check_same(handle: Run, cid: bytes) -> None:
+    """Raise UsageError when the run that has this id is one of another workflow."""
+    known = (await handle.status(limit=1)).get("manifest")
     if known and known != cid_text(cid):
         raise UsageError(
             f"run {handle.id} exists already, with another workflow", hint="Choose another run id, or leave --run out."
