@@ -252,10 +252,11 @@ def _hub_folder(rest: str, digest: str) -> Path:
     here = "sha256:" + hashlib.sha256(f"hf:{repo}@{commit}".encode()).hexdigest()
     if here != digest:
         raise IntegrityError(f"hf:{rest} is now at commit {commit}, not at the one that was pinned", hint="Pin a commit.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    wanted = [f"*{suffix}" for suffix in _SUFFIXES]
     try:
-        return Path(snapshot_download(repo, revision=commit, allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES]))
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=wanted, local_files_only=constants.HF_HUB_OFFLINE))
     except Exception as error:
         raise NotFoundError(f"model hf:{rest} cannot be fetched: {error}", hint="Is the hub reachable from this node?") from error
 
