@@ -20,6 +20,9 @@ from flowmesh_cas.errors import TransientError, UsageError
 from flowmesh_deploy.process import spawn, stop_child
 
 START_S = 10.0
+PORT_S = 1.0
+"""How long a broker that is just ending may hold the port: what knows the address would lose its way to another."""
+
 STOP_S = 5.0
 """The broker syncs each consumer when it stops (10 ms each); what takes longer is killed, which loses nothing."""
 
@@ -126,7 +129,14 @@ class Broker:
             port = int((self.folder / "port").read_text())
         except (OSError, ValueError):
             return -1
-        return port if 0 < port < 65536 and _is_free(port) else -1
+        if not 0 < port < 65536:
+            return -1
+        deadline = time.monotonic() + PORT_S
+        while not _is_free(port):
+            if time.monotonic() > deadline:
+                return -1
+            time.sleep(0.01)
+        return port
 
     def _launch(self, port: int, deadline_s: float) -> None:
         config = self.folder / "broker.conf"

@@ -13,7 +13,7 @@ import msgspec
 
 from flowmesh_cas.errors import NotFoundError, UsageError
 from flowmesh_deploy.control import is_up, launch, preparing, reload, stop, wait_ready
-from flowmesh_deploy.layout import DEFAULT_TENANTS, Layout, add_node, node_names, prepare, read_json, remove_node
+from flowmesh_deploy.layout import DEFAULT_TENANTS, Layout, add_node, prepare, read_json, remove_node
 from flowmesh_deploy.process import is_running, signal_process, wait_gone
 from flowmesh_mesh.context import Context, load_context
 
@@ -32,7 +32,7 @@ class EmbeddedMesh(Context, frozen=True):
             raise NotFoundError(f"no process {name!r} runs in this mesh")
         return {"pid": int(record["pid"]), "started_ticks": int(record["started_ticks"])}
 
-    def running_nodes(self) -> list[str]:
+    def node_names(self) -> list[str]:
         """Return the names of the nodes that run."""
         processes = read_json(self.layout.state).get("processes", {})
         return [
@@ -94,7 +94,7 @@ async def embedded_mesh(
         prepare(layout, nodes=nodes, tenants=list(tenants))
         supervisor = launch(layout, is_attached=True)
     try:
-        await wait_ready(layout, expect=node_names(nodes), supervisor=supervisor, timeout_s=timeout_s)
+        await wait_ready(layout, expect=list(read_json(layout.desired)["nodes"]), supervisor=supervisor, timeout_s=timeout_s)
         yield EmbeddedMesh(**msgspec.structs.asdict(load_context(layout.context)))
     finally:
         supervisor.terminate()

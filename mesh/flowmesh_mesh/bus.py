@@ -188,6 +188,8 @@ class Bus:
         self._pulls: set[Pull] = set()
         self._subscriptions: set[Subscription] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_loss: set[Callable[[], None]] = set()
+        """Called at once when the link is lost, by those inside the bus who wait for messages of it."""
         self._is_up = asyncio.Event()
         self._is_closed = False
         self._loop = asyncio.get_running_loop()
@@ -261,6 +263,8 @@ class Bus:
                 request.future.set_exception(
                     UnknownOutcomeError(f"the connection was lost while waiting for {request.subject}", retry_after_s=0.1)
                 )
+        for notice in list(self.on_loss):
+            notice()
         self._notify("disconnect")
 
     async def _reconnected(self) -> None:
@@ -482,7 +486,7 @@ class Bus:
         return await self._read(stream, {"seq": seq})
 
     async def next_message(self, stream: str, from_seq: int, subject_filter: str = ">") -> StoredMessage | None:
-        """Return the first message at or after ``from_seq`` whose subject matches, as the leader knows it; None when there is none."""
+        """Return the first message at or after ``from_seq`` whose subject matches, by the leader; None when there is none."""
         return await self._read(stream, {"seq": max(1, from_seq), "next_by_subj": subject_filter})
 
     async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:

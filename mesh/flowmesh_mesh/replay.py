@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from flowmesh_cas.errors import NotFoundError, TransientError
@@ -50,7 +51,13 @@ class _Reader:
             num_replicas=1,
         )
         self._number = self._bus.connection.listen(self._inbox, self._receive)
+        self._bus.on_loss.add(self._lose)
         return await self._bus.ensure_consumer(self._stream, config)
+
+    def _lose(self) -> None:
+        """Give up: the broker keeps this consumer in memory, and nothing more will come on this link."""
+        self._is_done = True
+        self._wake.set()
 
     def ask(self) -> None:
         self._left = _BATCH
@@ -70,7 +77,7 @@ class _Reader:
                 self.ask()
         self._wake.set()
 
-    async def batches(self) -> AsyncIterator[deque[StoredMessage]]:
+    async def batches(self) -> AsyncGenerator[deque[StoredMessage], None]:
         """Yield what has arrived, until the end or until nothing comes for a while."""
         self.ask()
         while not self._is_done or self._messages:
@@ -84,6 +91,7 @@ class _Reader:
             yield found
 
     async def close(self) -> None:
+        self._bus.on_loss.discard(self._lose)
         self._bus.connection.unlisten(self._number)
         if self._bus.connected:
             try:
@@ -92,7 +100,7 @@ class _Reader:
                 return  # the broker drops it after its inactive threshold
 
 
-async def read_stream(bus: Bus, stream: str, subject_filter: str = "", from_seq: int = 1) -> AsyncIterator[StoredMessage]:
+async def read_stream(bus: Bus, stream: str, subject_filter: str = "", from_seq: int = 1) -> AsyncGenerator[StoredMessage, None]:
     """Iterate over the messages of ``stream`` up to its last sequence at the time of the call, in order.
 
     A lost connection or consumer is bridged from the last message read. Raise NotFoundError when there is no such stream,
@@ -105,11 +113,14 @@ async def read_stream(bus: Bus, stream: str, subject_filter: str = "", from_seq:
         messages = _read_queue(bus, stream, subject_filter, max(1, from_seq), found.state.last_seq)
     else:
         messages = _read_log(bus, stream, subject_filter, max(1, from_seq), found.state.last_seq)
-    async for message in messages:
-        yield message
+    async with aclosing(messages):  # an abandoned replay must not leave its consumer to the garbage collector
+        async for message in messages:
+            yield message
 
 
-async def _read_queue(bus: Bus, stream: str, subject_filter: str, next_seq: int, until_seq: int) -> AsyncIterator[StoredMessage]:
+async def _read_queue(
+    bus: Bus, stream: str, subject_filter: str, next_seq: int, until_seq: int
+) -> AsyncGenerator[StoredMessage, None]:
     """Ask the stream's leader for one message after the other."""
     while next_seq <= until_seq:
         message = await bus.next_message(stream, next_seq, subject_filter or ">")
@@ -119,7 +130,9 @@ async def _read_queue(bus: Bus, stream: str, subject_filter: str, next_seq: int,
         next_seq = message.seq + 1
 
 
-async def _read_log(bus: Bus, stream: str, subject_filter: str, next_seq: int, until_seq: int) -> AsyncIterator[StoredMessage]:
+async def _read_log(
+    bus: Bus, stream: str, subject_filter: str, next_seq: int, until_seq: int
+) -> AsyncGenerator[StoredMessage, None]:
     """Read with ephemeral consumers, a fresh one wherever the last one broke off."""
     failures = 0
     while next_seq <= until_seq:
@@ -130,8 +143,8 @@ async def _read_log(bus: Bus, stream: str, subject_filter: str, next_seq: int, u
                 return
             async for batch in reader.batches():
                 for message in batch:
-                    yield message
                     next_seq = message.seq + 1
+                    yield message
             if reader.is_complete:
                 return
         except TransientError:

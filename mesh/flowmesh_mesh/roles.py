@@ -100,7 +100,7 @@ CLIENT = Role(
         subjects.TENANT_PUT,
         subjects.TENANT_GET,
     ),
-    subscribe=(f"{subjects.TENANT_RUNS}.*", _OWN_INBOX, "_INBOX.>"),
+    subscribe=(f"{subjects.TENANT_RUNS}.>", _OWN_INBOX, "_INBOX.>"),
     purpose="Submit, cancel, ask, put and get content, follow runs: of its own tenant only.",
 )
 
