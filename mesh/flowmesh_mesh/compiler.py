@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from flowmesh_cas.errors import FlowmeshError
 from flowmesh_mesh.document import load_document
-from flowmesh_mesh.expansion import Vertex
 from flowmesh_mesh.feeds import Edge, Feed, Given
 from flowmesh_mesh.manifest import Manifest, Operator, Output, Ref, Source, encode_record, record_cid
 from flowmesh_mesh.planning import Plan, plan_document
 from flowmesh_mesh.problems import Locator, Problems
 from flowmesh_mesh.references import content_cid, content_reference
+from flowmesh_mesh.vertices import Vertex
 
 if TYPE_CHECKING:
     from flowmesh_cas.store import BlockStore

@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowmesh_mesh.arguments import ArgumentChecker
+from flowmesh_mesh.calls import CallReader
 from flowmesh_mesh.catalog import CATALOG, OperatorType, operator_type
 from flowmesh_mesh.document import OPERATOR_KEYS, OPERATORS_MAX, SETTING_KEYS
-from flowmesh_mesh.feeds import Edge, Feed, Given, Group, find_path
-from flowmesh_mesh.names import NAME_MAX_LENGTH, check_name, is_identifier, is_name
+from flowmesh_mesh.feeds import Given, Group
+from flowmesh_mesh.names import check_name, is_name
 from flowmesh_mesh.problems import Place, Problems, nearest, shown
 from flowmesh_mesh.references import check_model
 from flowmesh_mesh.settings import Settings, read_settings
-from flowmesh_mesh.source import check_call, check_source, read_source
-from flowmesh_mesh.substitution import MISSING, Substitution, is_unicode, mentions_item
-
-if TYPE_CHECKING:
-    import ast
+from flowmesh_mesh.substitution import MISSING, Substitution, mentions_item
+from flowmesh_mesh.vertices import Rank, Vertex
 
 SHARDS_MAX = 100_000
 FAULTY_ITEMS_MAX = 10
 """After this many problems, the other items of a ``foreach`` are not looked at."""
-
-Rank = tuple[str, tuple[int, ...], str]
-
-
-@dataclass(slots=True)
-class Vertex:
-    """One operator of the plan. ``rank`` orders what the graph leaves open; ``inputs`` are as written, ``feeds`` as connected."""
-
-    name: str
-    rank: Rank
-    kind: OperatorType
-    place: Place
-    settings: Settings
-    params: dict[str, Any]
-    inputs: Any = None
-    feeds: dict[str, list[Feed]] = field(default_factory=dict)
-    models: dict[str, str] = field(default_factory=dict)
-    folders: dict[str, Given] = field(default_factory=dict)
-    code: Given | None = None
-    shards: int = 1
-    share: str = ""
-    is_share_explicit: bool = False
 
 
 class Expander:
@@ -60,8 +34,7 @@ class Expander:
         self._base = base
         self._settings = settings
         self._arguments = ArgumentChecker(problems)
-        self._codes: dict[str, tuple[str, Given]] = {}
-        self._called: dict[tuple[str, str], ast.FunctionDef | None] = {}
+        self._calls = CallReader(problems, base)
         self._models: dict[str, Given | str | None] = {}
         self._count = 0
 
@@ -127,7 +100,7 @@ class Expander:
     ) -> int:
         given, code = values.get("with"), None
         if kind.name == "python.call":
-            given, code = self._call(entry, values, place)
+            given, code = self._calls.read(entry, values, place)
         elif "function" in entry or "source" in entry:
             key = "function" if "function" in entry else "source"
             self._problems.add((*place, key), f"{kind.name} runs no function", "Use the type python.call.", key=True)
@@ -238,136 +211,3 @@ class Expander:
                 vertex.folders[role] = found
             elif found is not None:
                 vertex.models[role] = found
-
-    def _call(self, entry: dict[str, Any], values: dict[str, Any], place: Place) -> tuple[Any, Given | None]:
-        given = values.get("with") or {}
-        if given is MISSING or not isinstance(given, dict):
-            return given, None
-        for name in ("function", "source"):
-            if name in given:
-                self._problems.add(
-                    (*place, "with", name), f"{name!r} does not stand under 'with'", f"Write '{name}:' beside 'type:'.", key=True
-                )
-        if "function" not in entry:
-            self._problems.add(place, "python.call has no function", "Add 'function: \"code.py:name\"'.")
-            return MISSING, None
-        text = values["function"]
-        if text is MISSING:
-            return MISSING, None
-        found = self._code(text, entry.get("source"), place)
-        if found is None:
-            return MISSING, None
-        function, code, definition = found
-        ports = values.get("inputs") if isinstance(values.get("inputs"), dict) else {}
-        arguments = given.get("args") if isinstance(given.get("args"), dict) else {}
-        for name in sorted(set(ports or {}) & set(arguments or {})):
-            self._problems.add((*place, "with", "args", name), f"{name!r} is an input port too", "Rename one of them.", key=True)
-        if definition is not None:
-            check_call(definition, [*(ports or {}), *(arguments or {})], (*place, "function"), self._problems)
-        python = given.get("python") or f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return {**given, "function": function, "python": python}, code
-
-    def _code(self, text: Any, source: Any, place: Place) -> tuple[str, Given, ast.FunctionDef | None] | None:
-        at = (*place, "function")
-        file, _, function = text.rpartition(":") if isinstance(text, str) else ("", "", "")
-        if not is_identifier(function) or bool(file) == (source is not None):
-            if source is not None:
-                self._problems.add(at, f"function must name a function of 'source', not {shown(text)}", "Write 'function: name'.")
-            else:
-                self._problems.add(
-                    at, f"function must be 'file.py:name', not {shown(text)}", "Write 'function: \"code.py:name\"'."
-                )
-            return None
-        if source is not None and (not isinstance(source, str) or not is_unicode(source)):
-            self._problems.add(
-                (*place, "source"), f"source must be text, not {shown(source)}", "Write 'source: |' and the code below."
-            )
-            return None
-        key = file or "\0" + str(source)
-        if key not in self._codes:
-            read: str | None = source
-            if source is None:
-                path = find_path(file, self._base, at, self._problems)
-                if path is None:
-                    return None
-                read = read_source(path, at, self._problems)
-            if read is None:
-                return None
-            self._codes[key] = read, Given("file", "source", read, at)
-        read, code = self._codes[key]
-        if (key, function) not in self._called:
-            self._called[key, function] = check_source(read, file or "source", function, at, self._problems)
-        return function, code, self._called[key, function]
-
-
-def cut_shards(vertices: list[Vertex]) -> None:
-    """Cut each vertex with shards into a data.split, its shards and a data.concat, which takes the place of the vertex."""
-    for number in range(len(vertices)):
-        if vertices[number].shards > 1:
-            _cut(vertices, number)
-
-
-def _cut(vertices: list[Vertex], number: int) -> None:
-    whole = vertices[number]
-    port, count = whole.kind.shards_by, whole.shards
-    group, numbers, _ = whole.rank
-    split = Vertex(
-        f"{whole.name}-split",
-        (group, numbers, "split"),
-        operator_type("data.split"),
-        whole.place,
-        _light(whole.settings),
-        {"parts": count},
-    )
-    split.feeds = {port: whole.feeds.get(port, [])}
-    split.share, split.is_share_explicit = whole.share, whole.is_share_explicit
-    vertices.append(split)
-    at = len(vertices) - 1
-    for shard in range(count):
-        part: list[Feed] = [Edge(at, "parts", shard)]
-        vertices.append(
-            Vertex(
-                f"{whole.name}-{shard}",
-                (group, (*numbers, shard), "shard"),
-                whole.kind,
-                whole.place,
-                whole.settings,
-                whole.params,
-                None,
-                {**whole.feeds, port: part},
-                whole.models,
-                whole.folders,
-                whole.code,
-                1,
-                whole.share,
-                whole.is_share_explicit,
-            )
-        )
-    output = next(iter(whole.kind.outputs))
-    whole.feeds = {"rows": [Edge(at + 1 + shard, output) for shard in range(count)]}
-    whole.kind, whole.params, whole.settings = operator_type("data.concat"), {}, _light(whole.settings)
-    whole.models, whole.folders, whole.code = {}, {}, None
-
-
-def _light(settings: Settings) -> Settings:
-    """Return the settings of the split and the concat: they need no devices of the operator they serve."""
-    return Settings(retry=settings.retry, priority=settings.priority, deadline_s=settings.deadline_s, share=settings.share)
-
-
-def check_names(vertices: Iterable[Vertex], documented: Mapping[Any, Any], problems: Problems) -> None:
-    """Note names made for items and shards that are too long, or that something else has."""
-    taken: set[str] = set()
-    long: set[Place] = set()
-    for vertex in vertices:
-        name = vertex.name
-        is_made = name != vertex.place[-1]
-        key = "shards" if vertex.rank[2] else "foreach"
-        if is_made and (name in taken or name in documented):
-            problems.add(
-                (*vertex.place, key), f"it needs the name {name!r}, which is taken", "Rename one of the two operators.", key=True
-            )
-        taken.add(name)
-        if is_made and len(name) > NAME_MAX_LENGTH and vertex.place not in long and is_name(str(vertex.place[-1])):
-            long.add(vertex.place)
-            hint = f"Names have at most {NAME_MAX_LENGTH} characters; shorten that of the operator."
-            problems.add((*vertex.place, key), f"it makes the name {name!r}, which is too long", hint, key=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import Any
 
 from flowmesh_cas.cid import cid_parse
 from flowmesh_cas.errors import UsageError
-from flowmesh_mesh.catalog import KINDS, OperatorType, Port
+from flowmesh_mesh.catalog import KINDS, OperatorType, Port, output_kind
 from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.names import is_identifier
 from flowmesh_mesh.problems import Place, Problems, nearest, shown
 from flowmesh_mesh.substitution import MISSING
 
 FORMS = ("path", "rows", "value", "cid")
+_PART = re.compile(r"([A-Za-z_]\w*)\[([0-9]{1,9})\]\Z", re.ASCII)
 CID_KEYS = ("cid", "kind", "digest", "size", "rows")
 
 
@@ -59,12 +61,12 @@ class FeedReader:
     """Reads ``inputs``; the same mapping (as an object) only once."""
 
     def __init__(
-        self, problems: Problems, base: Path | None, groups: Mapping[str, Group], output_kind: Callable[[int, str], str]
+        self, problems: Problems, base: Path | None, groups: Mapping[str, Group], params: Callable[[int], Mapping[str, Any]]
     ) -> None:
         self._problems = problems
         self._base = base
         self._groups = groups
-        self._output_kind = output_kind
+        self._params = params
         self._edges: dict[tuple[str, str], list[Edge]] = {}
         self._read: dict[tuple[str, int], dict[str, list[Feed]]] = {}
 
@@ -143,6 +145,8 @@ class FeedReader:
     def reference(self, text: str, place: Place) -> list[Edge]:
         """Return what ``operator.port`` (or ``operator``, with one port) names; a shared list, empty with a problem noted."""
         target, _, output = text.partition(".")
+        part = _PART.match(output)
+        output = part.group(1) if part else output
         group = self._groups.get(target)
         if group is None:
             hint = "Write '{path: ...}' for a file." if "/" in text else nearest(target, self._groups, "operators")
@@ -165,16 +169,39 @@ class FeedReader:
         known = self._edges.get((target, output))
         if known is None:
             known = self._edges[target, output] = [Edge(vertex, output) for vertex in group.vertices]
+        if part:
+            return self._part(group.kind, known, int(part.group(2)), text, place)
         return known
+
+    def _kinds(self, kind: OperatorType, edges: list[Edge]) -> list[str]:
+        """Return what kinds of content these outputs give; nothing for one whose parameters are wrong."""
+        declared = {kind.outputs[edge.port].kind for edge in edges[:1]}
+        if declared != {"any"}:
+            return list(declared)
+        known = [params for edge in edges if (params := self._params(edge.vertex))]
+        return sorted({output_kind(kind, edges[0].port, params) for params in known})
+
+    def _part(self, kind: OperatorType, edges: list[Edge], item: int, text: str, place: Place) -> list[Edge]:
+        """Return one part of what was split (``split.parts[3]``)."""
+        if kind.name != "data.split" or len(edges) != 1:
+            self._problems.add(place, f"{text} has no parts to choose from", "Only the parts of one data.split are numbered.")
+            return []
+        if item >= self._params(edges[0].vertex).get("parts", item + 1):
+            self._problems.add(place, f"there is no part {item} of {text.partition('[')[0]}", "Parts are numbered from 0.")
+            return []
+        return [Edge(edges[0].vertex, edges[0].port, item)]
 
     def _reference(self, port: Port, name: str, text: str, place: Place) -> list[Feed]:
         edges = self.reference(text, place)
-        kinds = sorted({self._output_kind(edge.vertex, edge.port) for edge in edges})
+        group = self._groups.get(text.partition(".")[0])
+        if group is None or group.kind is None:
+            return []
+        kinds = self._kinds(group.kind, edges)
         wrong = [kind for kind in kinds if not self._fits(port, name, kind, place, text)]
         return [] if wrong else list(edges)
 
     def _fits(self, port: Port, name: str, kind: str, place: Place, source: str = "") -> bool:
-        if port.kind in ("any", kind) or kind == "unknown":
+        if port.kind in ("any", kind):
             return True
         hint = f"Connect something of kind {port.kind}."
         if port.kind == "rows" and kind == "file":

@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 from flowmesh_mesh.document import EDGES_MAX
-from flowmesh_mesh.expansion import Vertex
 from flowmesh_mesh.feeds import Edge
 from flowmesh_mesh.problems import Problems
+from flowmesh_mesh.vertices import Vertex
 
 CYCLES_SHOWN_MAX = 10
 

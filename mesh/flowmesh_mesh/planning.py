@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowmesh_mesh.catalog import output_kind
 from flowmesh_mesh.document import API_VERSION, DOCUMENT_KEYS
-from flowmesh_mesh.expansion import Expander, Vertex, check_names, cut_shards
+from flowmesh_mesh.expansion import Expander
 from flowmesh_mesh.feeds import Edge, FeedReader, Given, Group
 from flowmesh_mesh.names import check_name, is_name
 from flowmesh_mesh.ordering import order_vertices, spread_privacy
@@ -17,6 +16,7 @@ from flowmesh_mesh.parameters import bind_parameters
 from flowmesh_mesh.problems import Problems, nearest, shown
 from flowmesh_mesh.settings import Settings, read_settings
 from flowmesh_mesh.substitution import MISSING, Substitution
+from flowmesh_mesh.vertices import Vertex, check_names, cut_shards
 
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -88,11 +88,7 @@ def _connect(
 ) -> dict[str, Edge]:
     vertices = expander.vertices
 
-    def kind_of(number: int, port: str) -> str:
-        vertex = vertices[number]
-        return output_kind(vertex.kind, port, vertex.params) if vertex.params else "unknown"
-
-    reader = FeedReader(problems, base, expander.groups, kind_of)
+    reader = FeedReader(problems, base, expander.groups, lambda number: vertices[number].params)
     for vertex in vertices:
         vertex.feeds = reader.read(vertex.kind, vertex.inputs, (*vertex.place, "inputs"))
         if vertex.kind.name == "data.load":
@@ -154,6 +150,8 @@ def _named_outputs(outputs: Any, reader: FeedReader, expander: Expander, problem
         group = expander.groups.get(target.partition(".")[0])
         if group is not None and group.is_many:
             named |= {f"{name}-{number}": edge for number, edge in enumerate(edges)}
+        elif edges and edges[0].item >= 0:
+            problems.add(place, f"an output names a whole port, not {shown(target)}", "Leave the number out.")
         elif edges:
             named[str(name)] = edges[0]
     return named

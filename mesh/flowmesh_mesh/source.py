@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -67,6 +68,24 @@ def check_call(function: ast.FunctionDef, names: Iterable[str], place: Place, pr
         if name not in given:
             hint = f"Connect an input port {name!r}, or add it to 'with: {{args: ...}}'."
             problems.add(place, f"{function.name}() needs {name!r}, which nothing gives", hint)
+
+
+def check_imports(text: str, path: Path, place: Place, problems: Problems) -> None:
+    """Note imports of modules that lie beside a source: only the source itself travels."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # told where the function is looked up
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = ["." * node.level + (node.module or "")]
+        for name in names:
+            top = name.split(".")[0]
+            beside = path.parent / f"{top}.py", path.parent / top / "__init__.py"
+            if not top or (top not in sys.stdlib_module_names and any(file.is_file() for file in beside)):
+                message = f"{path.name} imports {name!r}, which lies beside it and does not travel"
+                problems.add(place, message, "Move what it needs into the file, or pin a distribution with 'requires'.")
 
 
 def _assigned(tree: ast.Module) -> set[str]:

@@ -137,6 +137,16 @@ def test_shards_become_a_split_the_shards_and_a_concat(compiled: Compile) -> Non
     assert found["out-split"].resources == Resources()
 
 
+def test_one_part_of_a_split_can_be_chosen(compiled: Compile) -> None:
+    document = operators(
+        cut={"type": "data.split", "inputs": {"rows": {"rows": [{"a": 1}]}}, "with": {"parts": 3}},
+        each={"type": "data.concat", "foreach": {"range": 2}, "inputs": {"rows": "cut.parts[${index}]"}},
+        all={"type": "data.concat", "inputs": {"rows": "cut"}},
+    )
+    found = named(compiled(document))
+    assert [found[name].inputs["rows"][0].item for name in ("each-0", "each-1", "all")] == [0, 1, -1]
+
+
 def test_one_shard_is_no_shard(compiled: Compile) -> None:
     document = operators(out={"type": "data.map", "inputs": {"rows": {"rows": [{"a": 1}]}}, "shards": 1})
     assert order(compiled(document)) == ["out"]

@@ -55,6 +55,42 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "takes rows, but this is file",
         "data.load",
     ),
+    "rows for an adapter": (
+        operators(
+            a={"type": "llm.generate", "inputs": {**ROWS, "adapter": "b"}, "with": {"model": MODEL}},
+            b={"type": "data.concat", "inputs": {"rows": {"rows": []}}},
+        ),
+        "operators.a.inputs.adapter",
+        "takes folder, but b gives rows",
+        "",
+    ),
+    "value of a call for rows": (
+        operators(
+            a={"type": "data.concat", "inputs": {"rows": "b.out"}},
+            b={"type": "python.call", "function": "f", "source": "def f(): ..."},
+        ),
+        "operators.a.inputs.rows",
+        "takes rows, but b.out gives value",
+        "returns: rows",
+    ),
+    "part of what is whole": (
+        operators(
+            a={"type": "data.concat", "inputs": {"rows": "b.rows[0]"}},
+            b={"type": "data.concat", "inputs": {"rows": {"rows": []}}},
+        ),
+        "operators.a.inputs.rows",
+        "has no parts",
+        "",
+    ),
+    "part beyond the last": (
+        operators(
+            a={"type": "data.concat", "inputs": {"rows": "b.parts[2]"}},
+            b={"type": "data.split", "inputs": {"rows": {"rows": []}}, "with": {"parts": 2}},
+        ),
+        "operators.a.inputs.rows",
+        "there is no part 2 of b.parts",
+        "",
+    ),
     "two adapters": (
         one(
             type="llm.generate",
@@ -348,6 +384,13 @@ def test_given_parameters_are_checked(given: dict[str, Any], path: str, message:
     defaults = {"n": 1, "s": "", "l": [], "b": False, "f": 0.0, "p": "x"}
     document["params"] = {name: {"type": kind, "default": defaults[name]} for name, kind in types.items()}
     assert message in found_at(refused(document, params=given), path).message
+
+
+def test_an_import_from_beside_a_source_is_told(refused: Refuse, folder: Path) -> None:
+    (folder / "beside.py").write_text("")
+    (folder / "code.py").write_text("import json, beside\nfrom . import other\ndef f():\n    return 1\n")
+    found = refused(one(type="python.call", function="code.py:f"))
+    assert [problem.message.split(",")[0] for problem in found] == ["code.py imports 'beside'", "code.py imports '.'"]
 
 
 def test_a_large_value_in_an_operator_is_refused(refused: Refuse) -> None:
