@@ -72,7 +72,7 @@ class SchedulerProcess:
             return
         key = client.get("nkey") or client.get("user") or ""
         if self.leader is not None and key:
-            self.leader.node_gone(key)
+            self.leader.reports.node_gone(key)
 
     async def _lead_once(self, bus: Bus, store: BlockStore) -> None:
         lease = SchedulerLease(bus, self.name)

@@ -1,0 +1,177 @@
+"""The leader's hands: each command of the core, carried out. Writes go out at once; their answers come back as events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowmesh_cas.errors import FlowmeshError
+from flowmesh_mesh import subjects
+from flowmesh_mesh.manifest import encode_record, record_cid
+from flowmesh_mesh.messages import encode
+from flowmesh_scheduler.core import commands as c
+from flowmesh_scheduler.core import events as e
+from flowmesh_scheduler.feeds import plain_outputs
+
+if TYPE_CHECKING:
+    from flowmesh_scheduler.service import Leader
+
+log = logging.getLogger("flowmesh.scheduler")
+
+KEEP_DEADLINE_S = 120.0
+ENDS_GATHERED_S = 0.25
+
+
+class Hands:
+    """Carries out commands for a leader."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._ending: dict[tuple[str, str], bytes] = {}
+
+    def carry_out(self, command: c.Command) -> None:
+        """Do what one command says."""
+        _CARRY_OUT[type(command)](self, command)
+
+    def _accept(self, command: c.Accept) -> None:
+        acceptance = command.acceptance
+        pair = (acceptance.tenant, acceptance.run)
+        inline = self._leader.inline.pop(pair, [])
+        record = msgspec.structs.replace(acceptance, blocks=inline)
+        future = self._leader.ledger.write(subjects.ledger_accepted(*pair), encode_record(record))
+        feed = self._leader.feeds.feed(*pair, acceptance.encoding)
+
+        def accepted(done: asyncio.Future[int]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._leader.feeds.send(feed, "accepted", {"name": command.name, "operators": command.operators})
+                self._leader.feeds.open(feed)
+                self._leader.requests.settle(pair, True)
+
+        future.add_done_callback(accepted)
+
+    def _assign(self, command: c.Assign) -> None:
+        assignment = command.assignment
+        future = self._leader.assign.write(subjects.assign(assignment.node, assignment.id), encode(assignment))
+
+        self._leader.queue.note(assignment.node, assignment.id, future)
+
+    def _commit(self, command: c.CommitResults) -> None:
+        waiting = [
+            (key, record_cid(block), self._leader.ledger.write(subjects.ledger_result(key.hex(), generation), block))
+            for key, generation, block in command.records
+        ]
+        remaining = len(waiting)
+
+        def stored(_: asyncio.Future[int]) -> None:
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0:
+                done = [(key, record) for key, record, future in waiting if not future.cancelled() and not future.exception()]
+                if len(done) == len(waiting):
+                    self._leader.apply(e.Committed(done))
+                elif not self._leader.lost.done():
+                    self._leader.stop("internal error: a result could not be written")
+
+        for _, _, future in waiting:
+            future.add_done_callback(stored)
+
+    def _tell(self, command: c.Tell) -> None:
+        message = command.message
+        self._leader.bus.post(subjects.node_control(command.node), encode(message))
+        if getattr(message, "closed", False):
+            self._leader.queue.settle(command.node, message.assignment)
+
+    def _release(self, command: c.Release) -> None:
+        sequence = self._leader.queue.settle(command.node, command.assignment)
+        if sequence:
+            self._leader.spawn(self._leader.queue.delete(sequence))
+
+    def _locate(self, command: c.Locate) -> None:
+        self._leader.spawn(self._locate_now(command))
+
+    async def _locate_now(self, command: c.Locate) -> None:
+        nodes = [n.name for n in self._leader.state.nodes.values() if n.state != "gone"]
+        self._leader.apply(e.Located(await self._leader.hub.locate(command.roots, nodes)))
+
+    def _keep(self, command: c.Keep) -> None:
+        self._leader.spawn(self._keep_now(command))
+
+    async def _keep_now(self, command: c.Keep) -> None:
+        """Fetch outputs to the hub, so that they outlive the nodes that made them."""
+        from flowmesh_mesh.transfer import fetch
+
+        missing: list[bytes] = []
+        limit = asyncio.Semaphore(8)
+
+        async def one(root: bytes, holders: list[str]) -> None:
+            async with limit:
+                try:
+                    await fetch(self._leader.bus, self._leader.hub.store, root, holders, deadline_s=KEEP_DEADLINE_S)
+                    self._leader.state.places.setdefault(root, set()).add(subjects.HUB)
+                except FlowmeshError as error:
+                    log.warning("an output cannot be had: %s", error)
+                    missing.append(root)
+
+        await asyncio.gather(*(one(root, list(holders)) for root, holders in command.roots.items()))
+        self._leader.apply(e.Kept(command.tenant, command.run, missing))
+
+    def _record_cancel(self, command: c.RecordCancel) -> None:
+        cancellation = command.cancellation
+        pair = (cancellation.tenant, cancellation.run)
+        self._leader.ledger.write(subjects.ledger_cancelled(*pair), encode_record(cancellation)).add_done_callback(_ignore)
+        self._leader.feeds.tell(*pair, "cancelling", {"actor": cancellation.actor})
+
+    def _end(self, command: c.EndRun) -> None:
+        end = command.end
+        pair = (end.tenant, end.run)
+        body = {
+            "state": command.state,
+            "reason": end.reason,
+            "actor": end.actor,
+            "detail": end.detail,
+            "counts": end.counts,
+            "outputs": plain_outputs(end.outputs),
+            "saved_us": end.saved_us,
+        }
+        self._leader.feeds.tell(*pair, "ended", body)
+        if not self._ending:
+            asyncio.get_running_loop().call_later(ENDS_GATHERED_S, self._write_ends)
+        self._ending[pair] = encode_record(end)
+
+    def _write_ends(self) -> None:
+        """Write the ends of a moment together: they follow from results that are in the ledger, so nobody waits for them."""
+        ending, self._ending = self._ending, {}
+        for pair, record in ending.items():
+            future = self._leader.ledger.write(subjects.ledger_ended(*pair), record)
+            future.add_done_callback(partial(self._ended, pair))
+
+    def _ended(self, pair: tuple[str, str], done: asyncio.Future[int]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._leader.apply(e.Ended(*pair))
+
+    def _change(self, command: c.Change) -> None:
+        self._leader.feeds.tell_changes(command.tenant, command.run, list(command.changes), command.counts)
+
+
+def _ignore(done: asyncio.Future[int]) -> None:
+    if not done.cancelled():
+        done.exception()
+
+
+_CARRY_OUT: dict[type, Callable[[Hands, Any], None]] = {
+    c.Accept: Hands._accept,
+    c.Assign: Hands._assign,
+    c.CommitResults: Hands._commit,
+    c.Tell: Hands._tell,
+    c.Release: Hands._release,
+    c.Locate: Hands._locate,
+    c.Keep: Hands._keep,
+    c.RecordCancel: Hands._record_cancel,
+    c.EndRun: Hands._end,
+    c.Change: Hands._change,
+}

@@ -1,0 +1,231 @@
+"""What tenants send: submissions, cancellations, questions, blocks. A submission is taken from its subject at once; the copy in
+the stream is the one that must not be lost, and is settled when the ledger shows the acceptance."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowmesh_cas.errors import FlowmeshError, UsageError
+from flowmesh_mesh import streams, subjects
+from flowmesh_mesh.bus import Delivery, Pull, Subscription
+from flowmesh_mesh.messages import Answer, Cancel, Ready, decode, encode, is_json
+from flowmesh_scheduler import asks, intake
+from flowmesh_scheduler.core import events as e
+from flowmesh_scheduler.hub import name_blocks
+from flowmesh_scheduler.intake import Submission
+from flowmesh_scheduler.reports import read
+
+if TYPE_CHECKING:
+    from flowmesh_scheduler.service import Leader
+
+log = logging.getLogger("flowmesh.scheduler")
+
+ACCEPTANCE_INLINE_MAX_BYTES = 64 * 1024
+
+
+class Requests:
+    """The leader's desk for tenants."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._accepting: dict[tuple[str, str], asyncio.Future[bool]] = {}
+        self._unsettled: set[int] = set()
+        self._last = 0
+        self._swept = 0
+
+    async def listen(self) -> list[Subscription | Pull]:
+        """Subscribe to what tenants send, and take what waited for a leader."""
+        bus = self._leader.bus
+        await bus.ensure_consumer(subjects.SUBMIT, streams.leader_consumer("leader"))
+        await bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader"))
+        return [
+            await bus.subscribe(subjects.submit("*"), self._on_request),
+            await bus.subscribe(subjects.cancel("*"), self._on_request),
+            await bus.subscribe(subjects.ask("*"), self._on_ask),
+            await bus.subscribe(subjects.put("*"), self._on_put),
+            await bus.subscribe(subjects.get("*"), self._on_get),
+            await bus.pull(subjects.SUBMIT, "leader", self._on_stored_request),
+            await bus.pull(subjects.READY, "leader", self._on_ready),
+        ]
+
+    async def sweep(self) -> None:
+        """Remove settled requests from their stream, up to the first that is not."""
+        settled = min(self._unsettled) - 1 if self._unsettled else self._last
+        if settled > self._swept:
+            await self._leader.bus.purge(subjects.SUBMIT, below_seq=settled + 1)
+            self._swept = settled
+
+    def _on_ready(self, delivery: Delivery) -> None:
+        message = read(delivery, Ready)
+        if message is not None:
+            self._leader.apply(e.ReadySeen(message.tenant, message.run))
+        delivery.post_ack()
+
+    def _on_request(self, delivery: Delivery) -> None:
+        """A submission or cancellation from the subject itself: the same comes from the stream, a little later."""
+        self._take_request(delivery)
+
+    def _take_request(self, delivery: Delivery) -> asyncio.Future[bool] | None:
+        is_cancel = delivery.subject.startswith(subjects.cancel(""))
+        return self._on_cancel(delivery) if is_cancel else self._on_submit(delivery)
+
+    def _on_stored_request(self, delivery: Delivery) -> None:
+        """A submission or cancellation from the stream: settled once the ledger shows it."""
+        sequence = delivery.seq
+        self._last = max(self._last, sequence)
+        self._unsettled.add(sequence)
+        future = self._take_request(delivery)
+
+        def settled(done: asyncio.Future[bool]) -> None:
+            if not done.cancelled():
+                self._unsettled.discard(sequence)
+                delivery.post_ack()
+
+        if future is None:
+            self._unsettled.discard(sequence)
+            delivery.post_ack()
+        else:
+            future.add_done_callback(settled)
+
+    def _on_submit(self, delivery: Delivery) -> asyncio.Future[bool] | None:
+        """Take a submission, from the subject itself or from the stream, whichever is first."""
+        tenant = delivery.subject.rpartition(".")[2]
+        try:
+            run, encoding = intake.run_of(delivery.data)
+        except UsageError as error:
+            encoding = "json" if is_json(delivery.data) else "msgpack"
+            self._reject((tenant, intake.fallback_run(delivery.data)), encoding, error)
+            return None
+        pair = (tenant, run)
+        if pair in self._leader.state.runs or pair in self._leader.state.ended:
+            if pair not in self._accepting and not delivery.seq:
+                self._repeat(pair)
+            return self._accepting.get(pair)
+        future = self._accepting.get(pair)
+        if future is None:
+            future = self._accepting[pair] = asyncio.get_running_loop().create_future()
+            self._take_in(pair, encoding, delivery.data)
+        return future
+
+    def _take_in(self, pair: tuple[str, str], encoding: str, data: bytes) -> None:
+        """Accept at once what is small and complete; everything else takes a task."""
+        try:
+            if encoding == "msgpack" and len(data) < ACCEPTANCE_INLINE_MAX_BYTES:
+                submission = intake.open_submission(pair[0], data, self._leader.hub)
+                models = self._pin_now(submission)
+                if models is not None and not self._absent(submission):
+                    self._submit(submission, models, [block for _, block in submission.blocks])
+                    return
+            self._leader.spawn(self._take_in_slowly(pair, encoding, data))
+        except FlowmeshError as error:
+            self._reject(pair, encoding, error)
+
+    def _pin_now(self, submission: Submission) -> dict[str, str] | None:
+        assert submission.manifest is not None
+        wanted = intake.references(submission.manifest)
+        return self._leader.resolver.known(wanted) if wanted else {}
+
+    def _absent(self, submission: Submission) -> list[bytes]:
+        """Return the CIDs under the manifest that neither came along nor are here."""
+        _, unknown = name_blocks([submission.manifest_cid], [block for _, block in submission.blocks])
+        return [cid for cid in unknown if not self._leader.hub.holds(cid)]
+
+    async def _take_in_slowly(self, pair: tuple[str, str], encoding: str, data: bytes) -> None:
+        tenant, run = pair
+        try:
+            if encoding == "json":
+                submission = await asyncio.to_thread(intake.compile_submission, tenant, run, data)
+            else:
+                submission = await asyncio.to_thread(intake.open_submission, tenant, data, self._leader.hub)
+            absent = await asyncio.to_thread(self._absent, submission)
+            if absent:
+                raise UsageError(
+                    f"{len(absent)} blocks of the inputs are not held by the mesh", hint="Put them before submitting."
+                )
+            assert submission.manifest is not None
+            models = await self._leader.resolver.resolve(intake.references(submission.manifest))
+            inline: list[bytes] = []
+            if sum(len(block) for _, block in submission.blocks) <= ACCEPTANCE_INLINE_MAX_BYTES:
+                inline = [block for _, block in submission.blocks]
+            else:
+                await self._leader.hub.put(submission.blocks)
+            self._submit(submission, models, inline)
+        except FlowmeshError as error:
+            self._reject(pair, encoding, error)
+
+    def _submit(self, submission: Submission, models: dict[str, str], inline: list[bytes]) -> None:
+        assert submission.manifest is not None
+        pair = (submission.tenant, submission.run)
+        if submission.blocks:
+            self._leader.hub.put_soon(submission.blocks)
+        if inline:
+            self._leader.inline[pair] = inline
+        for operator in submission.manifest.operators:
+            for sources in operator.inputs.values():
+                for source in sources:
+                    if source.ref is not None:
+                        self._leader.state.places.setdefault(source.ref.cid, set()).add(subjects.HUB)
+            if operator.code is not None:
+                self._leader.state.places.setdefault(operator.code.cid, set()).add(subjects.HUB)
+        share = self._leader.config.share
+        self._leader.apply(e.Submitted(*pair, submission.manifest, submission.manifest_cid, models, submission.encoding, share))
+
+    def _reject(self, pair: tuple[str, str], encoding: str, error: FlowmeshError) -> None:
+        log.info("rejected run %s: %s", pair[1], error.message)
+        feed = self._leader.feeds.feed(*pair, encoding)
+        self._leader.feeds.send(feed, "rejected", intake.rejection(error))
+        self._leader.feeds.forget(*pair)
+        self.settle(pair, False)
+
+    def settle(self, pair: tuple[str, str], is_accepted: bool) -> None:
+        future = self._accepting.pop(pair, None)
+        if future is not None and not future.done():
+            future.set_result(is_accepted)
+
+    def _repeat(self, pair: tuple[str, str]) -> None:
+        """A run is submitted again: say where it stands."""
+        run = self._leader.state.runs.get(pair)
+        feed = self._leader.feeds.feed(*pair, run.acceptance.encoding if run else "msgpack")
+        if run is not None:
+            self._leader.feeds.send(feed, "accepted", {"name": run.manifest.name, "operators": len(run.vertices)})
+        ended = self._leader.state.ended.get(pair)
+        if ended is not None:
+            self._leader.feeds.send(feed, "ended", asks.plain_end(ended[0]))
+
+    def _on_cancel(self, delivery: Delivery) -> asyncio.Future[bool] | None:
+        tenant = delivery.subject.rpartition(".")[2]
+        try:
+            message = (
+                msgspec.json.decode(delivery.data, type=asks.JsonCancel)
+                if is_json(delivery.data)
+                else decode(delivery.data, Cancel)
+            )
+        except (msgspec.DecodeError, UsageError) as error:
+            log.info("unreadable cancellation: %s", error)
+            return None
+        self._leader.apply(
+            e.CancelRequested(tenant, message.run, message.actor or self._leader.tenant_names.get(tenant, "tenant"))
+        )
+        return None
+
+    def _on_ask(self, delivery: Delivery) -> None:
+        self._leader.spawn(self._answer(delivery, asks.answer))
+
+    def _on_put(self, delivery: Delivery) -> None:
+        self._leader.spawn(self._answer(delivery, asks.put))
+
+    def _on_get(self, delivery: Delivery) -> None:
+        self._leader.spawn(asks.get(self._leader, delivery.subject.rpartition(".")[2], delivery))
+
+    async def _answer(self, delivery: Delivery, work: Callable[[Leader, str, bytes], Awaitable[Any]]) -> None:
+        try:
+            answer = Answer(await work(self._leader, delivery.subject.rpartition(".")[2], delivery.data))
+        except FlowmeshError as error:
+            answer = Answer(None, error.message, error.hint, type(error).__name__)
+        plain = is_json(delivery.data)
+        delivery.post_respond(msgspec.json.encode(asks.plain_answer(answer)) if plain else encode(answer))
