@@ -196,6 +196,7 @@ class Acceptance(_Kept, frozen=True):
     encoding: str = "msgpack"
     share: str = "mesh"
     blocks: list[bytes] = []
+    name: str = ""
     v: int = MANIFEST_VERSION
 
 

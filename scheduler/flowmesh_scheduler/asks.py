@@ -152,7 +152,7 @@ def _run_row(run: Run) -> dict[str, Any]:
 def _ended_row(end: RunEnd, acceptance: Acceptance | None) -> dict[str, Any]:
     return {
         "run": end.run,
-        "name": "",
+        "name": acceptance.name if acceptance else "",
         "state": _end_state(end),
         "reason": end.reason,
         "accepted_at_us": acceptance.accepted_at_us if acceptance else 0,

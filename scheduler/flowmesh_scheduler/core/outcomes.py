@@ -163,6 +163,7 @@ def _keep_previous(state: State, work: Work, previous: Result, done: Done, outco
         outstanding.confirmed.append((work.key, previous.generation, outcome.result))
     for vertex in work.waiters:
         deliver(vertex, previous, out)
+        vertex.node, vertex.attempt, vertex.exec_us = done.node, outcome.attempt, outcome.metered.exec_us
         settle(state, vertex, previous, out)
 
 

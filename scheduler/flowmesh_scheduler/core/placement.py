@@ -77,7 +77,9 @@ def batch_size(state: State, work: Work, ready: int) -> int:
     settings, kind = state.settings, executor_of(work)
     able = sum(n.record.slots for n in state.nodes.values() if n.is_usable and can_run(n, work))
     share = -(-ready // max(1, able * settings.depth_limit[kind]))
-    return min(settings.batch_limit[kind], max(settings.batch_floor[kind], share))
+    speed = state.speeds.get(speed_key(work))
+    is_quick = speed is None or speed.operator_s * settings.batch_floor[kind] < settings.quick_batch_s
+    return min(settings.batch_limit[kind], max(settings.batch_floor[kind] if is_quick else 1, share))
 
 
 def feasible(state: State, work: Work) -> list[tuple[Node, int]]:

@@ -26,6 +26,7 @@ def submit(state: State, event: Submitted, now_us: int, out: Outbox) -> None:
         models=dict(event.models),
         encoding=event.encoding,
         share=event.share,
+        name=event.manifest.name,
     )
     out.add(Accept(acceptance, event.manifest.name, len(event.manifest.operators)))
     start_run(state, acceptance, event.manifest, out)

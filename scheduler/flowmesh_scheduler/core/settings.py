@@ -27,6 +27,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     )
     """Fewest operators in one assignment while there are more: a message to the broker costs more than some of them."""
 
+    quick_batch_s: float = 0.05
+    """The floor holds only while the smallest batch takes less than this: slow work is spread however little there is."""
+
     depth_limit: dict[str, int] = msgspec.field(
         default_factory=lambda: {"inline": 3, "data": 2, "engine": 1, "train": 1, "user": 2}
     )
