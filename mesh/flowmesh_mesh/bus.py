@@ -42,6 +42,7 @@ from flowmesh_mesh.streams import ConsumerConfig, StreamConfig
 __all__ = [
     "AlreadyStoredError",
     "Bus",
+    "ConsumerState",
     "CredentialsRefusedError",
     "Delivery",
     "Expect",
@@ -85,6 +86,16 @@ class StreamInfo(msgspec.Struct, frozen=True):
 
     config: dict[str, Any] = {}
     state: StreamState = StreamState()
+    error: ApiError | None = None
+
+
+class ConsumerState(msgspec.Struct, frozen=True):
+    """How far a consumer is: ``num_pending`` not delivered yet, ``num_ack_pending`` delivered and not settled."""
+
+    num_pending: int = 0
+    num_ack_pending: int = 0
+    num_redelivered: int = 0
+    num_waiting: int = 0
     error: ApiError | None = None
 
 
@@ -551,6 +562,13 @@ class Bus:
         body = {"stream_name": stream, "config": msgspec.to_builtins(config)}
         subject = f"CONSUMER.CREATE.{stream}.{config.name}" + (f".{config.filter_subject}" if config.filter_subject else "")
         return (await self._api(subject, body, _Done, f"consumer {config.name} of {stream}")).num_pending
+
+    async def consumer_state(self, stream: str, consumer: str) -> ConsumerState | None:
+        """Return how far a consumer is, None when there is none."""
+        try:
+            return await self._api(f"CONSUMER.INFO.{stream}.{consumer}", b"", ConsumerState, f"consumer {consumer} of {stream}")
+        except NotFoundError:
+            return None
 
     async def delete_consumer(self, stream: str, consumer: str) -> None:
         """Delete a consumer; it is no error when there is none."""

@@ -292,32 +292,32 @@ async def test_messages_and_subjects_can_be_deleted(mesh_broker: MeshBroker) -> 
 # --- reading a stream
 
 
-@pytest.mark.parametrize("stream", [subjects.LEDGER, subjects.ASSIGN])
-async def test_a_replay_gives_everything_up_to_now_and_leaves_no_consumer(mesh_broker: MeshBroker, stream: str) -> None:
-    bus = await mesh_broker.scheduler()
-    prefix = "led.x" if stream == subjects.LEDGER else "asg.node.n"
+@pytest.mark.parametrize("retention", ["limits", "workqueue"])
+async def test_a_replay_gives_everything_up_to_now_and_leaves_no_consumer(broker: MeshBroker, retention: str) -> None:
+    bus = await broker.scheduler()
+    await bus.ensure_stream(StreamConfig("R", ["r.>"], retention=retention, allow_atomic=True, first_seq=1_000_000))
     for block in range(3):
-        await bus.store_batch([(f"{prefix}.{block}-{number}", b"d") for number in range(700)])
+        await bus.store_batch([(f"r.{block}-{number}", b"d") for number in range(700)])
     seen: list[int] = []
-    async for message in bus.read_stream(stream):
+    async for message in bus.read_stream("R"):
         if not seen:
-            await bus.store(f"{prefix}.later", b"")
+            await bus.store("r.later", b"")
         seen.append(message.seq)
     assert seen == list(range(1_000_000, 1_000_000 + 2100))
-    state = await bus.stream_state(stream)
+    state = await bus.stream_state("R")
     assert state is not None
     assert state.consumer_count == 0
 
 
-@pytest.mark.parametrize("stream", [subjects.LEDGER, subjects.ASSIGN])
-async def test_a_replay_can_be_filtered_and_begin_later(mesh_broker: MeshBroker, stream: str) -> None:
-    bus = await mesh_broker.scheduler()
-    prefix = "led.x" if stream == subjects.LEDGER else "asg.node"
-    await bus.store_batch([(f"{prefix}.{'ab'[number % 2]}.{number}", b"") for number in range(100)])
-    found = await _all(bus.read_stream(stream, f"{prefix}.b.*", from_seq=1_000_050))
-    assert [message.subject for message in found] == [f"{prefix}.b.{number}" for number in range(51, 100, 2)]
-    assert await _all(bus.read_stream(stream, f"{prefix}.none.*")) == []
-    assert await _all(bus.read_stream(stream, from_seq=2_000_000)) == []
+@pytest.mark.parametrize("retention", ["limits", "workqueue"])
+async def test_a_replay_can_be_filtered_and_begin_later(broker: MeshBroker, retention: str) -> None:
+    bus = await broker.scheduler()
+    await bus.ensure_stream(StreamConfig("R", ["r.>"], retention=retention, allow_atomic=True, first_seq=1_000_000))
+    await bus.store_batch([(f"r.{'ab'[number % 2]}.{number}", b"") for number in range(100)])
+    found = await _all(bus.read_stream("R", "r.b.*", from_seq=1_000_050))
+    assert [message.subject for message in found] == [f"r.b.{number}" for number in range(51, 100, 2)]
+    assert await _all(bus.read_stream("R", "r.none.*")) == []
+    assert await _all(bus.read_stream("R", from_seq=2_000_000)) == []
 
 
 async def test_an_abandoned_replay_leaves_no_consumer(mesh_broker: MeshBroker) -> None:
@@ -344,7 +344,7 @@ async def test_a_replay_is_fast(mesh_broker: MeshBroker) -> None:
 
 
 async def _work_queue(bus: Bus) -> None:
-    await bus.ensure_consumer(subjects.SUBMIT, streams.leader_consumer("leader"))
+    await bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader"))
 
 
 async def test_a_pull_delivers_what_is_there_and_what_comes(mesh_broker: MeshBroker) -> None:
@@ -357,11 +357,11 @@ async def test_a_pull_delivers_what_is_there_and_what_comes(mesh_broker: MeshBro
         await delivery.ack()
 
     for number in range(20):
-        await bus.store("fm.submit.T", b"%d" % number)
-    await bus.pull(subjects.SUBMIT, "leader", take, batch=7)
+        await bus.store("fm.ready.x", b"%d" % number)
+    await bus.pull(subjects.READY, "leader", take, batch=7)
     await _until("what was there", lambda: len(seen) == 20)
     for number in range(20, 60):
-        await bus.store("fm.submit.T", b"%d" % number)
+        await bus.store("fm.ready.x", b"%d" % number)
     await _until("what came", lambda: len(seen) == 60)
     assert seen == [b"%d" % number for number in range(60)]
     await _until_empty(bus)
@@ -369,7 +369,7 @@ async def test_a_pull_delivers_what_is_there_and_what_comes(mesh_broker: MeshBro
 
 async def _until_empty(bus: Bus) -> None:
     deadline = time.monotonic() + 5
-    while (state := await bus.stream_state(subjects.SUBMIT)) is None or state.messages:
+    while (state := await bus.stream_state(subjects.READY)) is None or state.messages:
         assert time.monotonic() < deadline, "messages are left"
         await asyncio.sleep(0.01)
 
@@ -383,16 +383,16 @@ async def test_a_pull_is_renewed_when_it_expires(mesh_broker: MeshBroker) -> Non
         seen.append(delivery.data)
         delivery.post_ack()
 
-    await bus.pull(subjects.SUBMIT, "leader", take, expires_s=0.5)
+    await bus.pull(subjects.READY, "leader", take, expires_s=0.5)
     for number in range(4):
         await asyncio.sleep(0.4)
-        await bus.store("fm.submit.T", b"%d" % number)
+        await bus.store("fm.ready.x", b"%d" % number)
     await _until("all messages", lambda: len(seen) == 4, 3)
 
 
 async def test_what_a_callback_refuses_or_fails_on_comes_again(mesh_broker: MeshBroker) -> None:
     bus = await mesh_broker.scheduler()
-    await bus.ensure_consumer(subjects.SUBMIT, streams.leader_consumer("leader", ack_wait_s=0.5))
+    await bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader", ack_wait_s=0.5))
     seen: list[tuple[bytes, int]] = []
 
     async def take(delivery: Delivery) -> None:
@@ -404,17 +404,17 @@ async def test_what_a_callback_refuses_or_fails_on_comes_again(mesh_broker: Mesh
         else:
             await delivery.ack()
 
-    await bus.pull(subjects.SUBMIT, "leader", take)
-    await bus.store("fm.submit.T", b"nak")
-    await bus.store("fm.submit.T", b"raise")
+    await bus.pull(subjects.READY, "leader", take)
+    await bus.store("fm.ready.x", b"nak")
+    await bus.store("fm.ready.x", b"raise")
     await _until("both again", lambda: {(b"nak", 2), (b"raise", 2)} <= set(seen), 5)
 
 
 async def test_a_pull_waits_for_a_consumer_that_does_not_exist_yet(mesh_broker: MeshBroker) -> None:
     bus = await mesh_broker.scheduler()
     seen: list[bytes] = []
-    await bus.pull(subjects.SUBMIT, "leader", lambda delivery: seen.append(delivery.data))
-    await bus.store("fm.submit.T", b"x")
+    await bus.pull(subjects.READY, "leader", lambda delivery: seen.append(delivery.data))
+    await bus.store("fm.ready.x", b"x")
     await asyncio.sleep(0.1)
     await _work_queue(bus)
     await _until("the message", lambda: seen == [b"x"], 3)
@@ -429,25 +429,25 @@ async def test_a_pull_outlives_the_deletion_of_its_consumer(mesh_broker: MeshBro
         seen.append(delivery.data)
         delivery.post_ack()
 
-    await bus.pull(subjects.SUBMIT, "leader", take)
+    await bus.pull(subjects.READY, "leader", take)
     await asyncio.sleep(0.05)
-    await bus.delete_consumer(subjects.SUBMIT, "leader")
-    await bus.delete_consumer(subjects.SUBMIT, "leader")
+    await bus.delete_consumer(subjects.READY, "leader")
+    await bus.delete_consumer(subjects.READY, "leader")
     await _work_queue(bus)
-    await bus.store("fm.submit.T", b"x")
+    await bus.store("fm.ready.x", b"x")
     await _until("the message", lambda: seen == [b"x"], 5)
 
 
 async def test_a_stopped_pull_leaves_messages_to_the_next(mesh_broker: MeshBroker) -> None:
     bus = await mesh_broker.scheduler()
-    await bus.ensure_consumer(subjects.SUBMIT, streams.leader_consumer("leader", ack_wait_s=1))
+    await bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader", ack_wait_s=1))
     first: list[bytes] = []
-    pull = await bus.pull(subjects.SUBMIT, "leader", lambda delivery: first.append(delivery.data))
+    pull = await bus.pull(subjects.READY, "leader", lambda delivery: first.append(delivery.data))
     await asyncio.sleep(0.05)
     await pull.stop()
-    await bus.store("fm.submit.T", b"x")
+    await bus.store("fm.ready.x", b"x")
     second: list[bytes] = []
-    await bus.pull(subjects.SUBMIT, "leader", lambda delivery: second.append(delivery.data))
+    await bus.pull(subjects.READY, "leader", lambda delivery: second.append(delivery.data))
     await _until("the message", lambda: second == [b"x"], 4)
     assert first == []
 
@@ -461,7 +461,7 @@ async def test_a_pull_and_its_messages_survive_a_killed_broker(mesh_broker: Mesh
         on_disconnect=lambda: events.append("lost"),
         on_reconnect=lambda: events.append("back"),
     )
-    await _work_queue(bus)
+    await bus.ensure_consumer(subjects.SUBMIT, streams.leader_consumer("leader"))
     seen: list[bytes] = []
 
     async def take(delivery: Delivery) -> None:

@@ -80,7 +80,9 @@ async def test_a_node_pulls_and_settles_its_own_assignments(played: Played) -> N
     await played.node.pull(subjects.ASSIGN, subjects.assign_consumer("n1"), take)
     assert await asyncio.wait_for(taken.get(), 3) == b"n1"
     deadline = time.monotonic() + 3
-    while await played.leader.last_message(subjects.ASSIGN, subjects.assign("n1", "a1")) is not None:
+    while (
+        state := await played.leader.consumer_state(subjects.ASSIGN, subjects.assign_consumer("n1"))
+    ) is None or state.num_ack_pending:
         assert time.monotonic() < deadline, "the assignment was not settled"
         await asyncio.sleep(0.01)
     assert taken.empty(), "the assignment of the other node arrived too"
