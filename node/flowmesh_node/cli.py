@@ -51,10 +51,12 @@ def join(
     as_json: Json = False,
 ) -> None:
     """Join a mesh and work for it until told to stop."""
+    from flowmesh_mesh.credentials import Credentials
     from flowmesh_node.inventory import take_inventory
     from flowmesh_node.settings import Settings, default_folder, read_join_file
 
     joined = read_join_file(join_file)
+    Credentials.parse(joined.credentials)
     if name and name != joined.node:
         raise UsageError(
             f"the join file is for node {joined.node!r}, not {name!r}",

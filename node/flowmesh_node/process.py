@@ -9,20 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, NotFoundError, UsageError
 from flowmesh_node import frames
-from flowmesh_node.operators.base import Batch, Content, Failed, Implementation, Model, Produced
+from flowmesh_node.operators.base import Batch, Content, Failed, Implementation, Produced
 from flowmesh_node.operators.registry import implementation
 
 ERROR_MAX_CHARS = 8000
@@ -81,15 +79,13 @@ class Worker:
             settled.add(index)
             self._send(settlement(index, result, batch.scratch))
 
-        operator: Implementation | None = None
         is_loading = True
         try:
             operator = self._implementation(batch.type)
             began = time.monotonic_ns()
-            batch = with_models(batch)
             operator.load(batch)
             load_us = (time.monotonic_ns() - began) // 1000
-            self._send(frames.Loaded(load_us, resident(operator), numeric(operator, batch)))
+            self._send(frames.Loaded(load_us, resident(self._implementations.values()), str(getattr(operator, "numeric", ""))))
             is_loading = False
             operator.run(batch, emit, self._log)
             unsettled = Failed("internal", f"{batch.type} left this item unsettled")
@@ -100,7 +96,7 @@ class Worker:
         # Before the end is told, so that the agent has every line that belongs to this batch.
         sys.stdout.flush()
         sys.stderr.flush()
-        self._send(frames.Finished(resident(operator)))
+        self._send(frames.Finished(resident(self._implementations.values())))
 
     def _log(self, text: str) -> None:
         for begin in range(0, len(text), LINES_MAX_CHARS):
@@ -114,50 +110,13 @@ class Worker:
         return self._implementations[type_name]
 
 
-def with_models(batch: Batch) -> Batch:
-    """Return the batch with the folder of each model; what must be unpacked is, once per machine."""
-    if not batch.models:
-        return batch
-    from flowmesh_node import models
-
-    made: dict[str, Model] = {}
-    for role, model in batch.models.items():
-
-        def fetch(_cid: str, target: Path, laid_out: str = model.path) -> None:
-            shutil.copytree(laid_out, target, copy_function=_link_or_copy)
-
-        path = models.materialise(model.reference, model.digest, fetch=fetch)
-        made[role] = Model(model.reference, model.digest, str(path))
-    return replace(batch, models=made)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def numeric(operator: Implementation, batch: Batch) -> str:
-    """Return the class of numbers that the operator computes with: its own word, or the engine's when that is loaded."""
-    said = getattr(operator, "numeric", None)
-    if said is not None:
-        return str(said)
-    if "flowmesh_node.operators.engine" not in sys.modules:
-        return ""
-    from flowmesh_node.operators.selftest import class_name
-
-    return class_name(str(batch.items[0].params.get("dtype", "float32")))
-
-
-def resident(operator: Implementation | None) -> tuple[str, ...]:
-    """Return the digests of the models in memory: the operator's own word, or what the engine keeps."""
-    said: Callable[[], object] | object = getattr(operator, "resident", None)
-    names = said() if callable(said) else said
-    if names is None:
-        engine = sys.modules.get("flowmesh_node.operators.engine")
-        names = [key[0] for key in getattr(engine, "_loaded", ())]
-    return tuple(sorted({str(name) for name in names})) if isinstance(names, (list, tuple, set, frozenset)) else ()
+def resident(operators: Iterable[Implementation]) -> tuple[str, ...]:
+    """Return the digests of the models in memory, as far as the operators say."""
+    found: set[str] = set()
+    for operator in operators:
+        said: Callable[[], Iterable[str]] | None = getattr(operator, "resident", None)
+        found |= set(said()) if said is not None else set()
+    return tuple(sorted(found))
 
 
 def settlement(index: int, result: Produced | Failed, scratch: str) -> frames.Settled:

@@ -80,6 +80,12 @@ class SmallLeader:
         await transfer.serve_blocks(self.bus, self.store, subjects.HUB, now_us=lambda: time.time_ns() // 1000)
         await self.bus.pull(subjects.DONE, "leader", self._on_done)
 
+    async def begin_again(self) -> None:
+        """Wait for the connection, and make what the broker kept in memory."""
+        await self.until(lambda: self.bus.connected)
+        await self.bus.ensure_stream(streams.done())
+        await self.bus.ensure_consumer(subjects.DONE, streams.leader_consumer("leader"))
+
     async def _on_record(self, message: Delivery) -> None:
         record = decode(message.data, NodeRecord)
         await self.bus.ensure_consumer(subjects.ASSIGN, streams.assign_consumer(record.node))
