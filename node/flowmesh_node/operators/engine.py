@@ -43,13 +43,17 @@ _ENVIRONMENT = {
 }
 
 
+def prepare_environment() -> None:
+    """Ask for reproducible kernels; without effect once torch is loaded. What is set already stays."""
+    if "torch" not in sys.modules:
+        for name, setting in _ENVIRONMENT.items():
+            os.environ.setdefault(name, setting)
+
+
 @lru_cache(maxsize=1)
 def torch_module() -> Any:
     """Import torch with reproducible kernels, once per process; warn when that comes too late."""
-    early = "torch" not in sys.modules
-    for name, setting in _ENVIRONMENT.items():
-        if early:
-            os.environ.setdefault(name, setting)
+    prepare_environment()
     try:
         import torch
         import transformers
