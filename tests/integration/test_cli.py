@@ -32,7 +32,8 @@ outputs: {adults: adults.rows, nothing: first.out}
 SLOW = """\
 apiVersion: flowmesh/v1
 name: slow
-operators: {a: {type: flow.noop, with: {nonce: 9, sleep_s: 30}}}
+params: {n: {type: int}}
+operators: {a: {type: flow.noop, with: {nonce: "${params.n}", sleep_s: 30}}}
 outputs: {out: a.out}
 """
 TALKS = """\
@@ -142,7 +143,7 @@ def test_another_tenant_sees_neither_runs_nor_contents(shell: Shell) -> None:
 
 
 def test_a_run_is_cancelled_and_says_by_whom(shell: Shell) -> None:
-    run = shell.json("submit", "slow.yaml")["run"]
+    run = shell.json("submit", "slow.yaml", "--param", "n=1")["run"]
     found = shell.json("cancel", run)
     assert (found["state"], found["reason"]) == ("cancelled", "cancelled")
     assert found["actor"]
@@ -178,7 +179,7 @@ def test_logs_are_printed_and_cannot_drive_the_terminal(shell: Shell) -> None:
 
 def test_ctrl_c_leaves_the_run_alone(shell: Shell) -> None:
     process = subprocess.Popen(
-        [COMMAND, "submit", "slow.yaml", "--watch", "--run", "left-alone"],
+        [COMMAND, "submit", "slow.yaml", "--watch", "--run", "left-alone", "--param", "n=2"],
         cwd=shell.folder,
         env=shell.environment,
         stdout=subprocess.PIPE,

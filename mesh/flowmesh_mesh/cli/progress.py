@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 24
 REFRESH_PER_SECOND = 8
 
+_ENDED = frozenset({"done", "failed", "skipped", "cancelled"})
 _ORDER = {"failed": 0, "assigned": 1, "ready": 2, "waiting": 3, "done": 4, "skipped": 5, "cancelled": 6}
 
 
@@ -77,6 +78,19 @@ class Progress:
             self.state = event.kind
         return [] if event.kind in ("received", "state") else [self._headline(event)]
 
+    def settle(self, operators: list[dict[str, Any]]) -> list[str]:
+        """Take the rows of a run that has ended; return what to tell of those whose last change was not heard."""
+        return [
+            self._change([row["index"], row["state"], row.get("node"), row.get("reason"), row.get("shared")])
+            for row in operators
+            if (known := self.rows.get(int(row["index"]))) is None or known.state != row["state"]
+        ]
+
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether every operator is known to have ended."""
+        return all(row.state in _ENDED for row in self.rows.values())
+
     def _change(self, change: list[Any]) -> str:
         index, state, node, reason, shared = [*change, None, None, None][:5]
         row = self.rows.setdefault(int(index), Row(f"#{index}"))
@@ -129,22 +143,30 @@ async def follow(run: Run, *, is_quiet: bool = False) -> Progress:
         async for event in run.events():
             progress.apply(event)
         return progress
-    events = run.events()
     progress.name_operators(await run.operators())
+    events = _settled(run, progress)
     if sys.stdout.isatty():
         await _live(progress, events)
     else:
-        await _plain(progress, events)
+        await _plain(events)
     return progress
 
 
-async def _plain(progress: Progress, events: AsyncIterator[RunEvent]) -> None:
-    async for event in events:
-        for line in progress.apply(event):
+async def _settled(run: Run, progress: Progress) -> AsyncIterator[tuple[str, list[str]]]:
+    """Yield kind and lines of each event; before the end, the changes that no event told."""
+    async for event in run.events():
+        if event.kind == "ended" and not progress.is_settled:
+            yield "operators", progress.settle(await run.operators())
+        yield event.kind, progress.apply(event)
+
+
+async def _plain(events: AsyncIterator[tuple[str, list[str]]]) -> None:
+    async for _, lines in events:
+        for line in lines:
             print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-async def _live(progress: Progress, events: AsyncIterator[RunEvent]) -> None:
+async def _live(progress: Progress, events: AsyncIterator[tuple[str, list[str]]]) -> None:
     from rich.live import Live
 
     from flowmesh_mesh.cli.output import console
@@ -152,7 +174,6 @@ async def _live(progress: Progress, events: AsyncIterator[RunEvent]) -> None:
     screen = console()
     height = max(4, min(ROWS_SHOWN, screen.height - 10))
     with Live(console=screen, get_renderable=lambda: render(progress, height), refresh_per_second=REFRESH_PER_SECOND):
-        async for event in events:
-            lines = progress.apply(event)
-            if event.kind == "log":
+        async for kind, lines in events:
+            if kind == "log":
                 progress.lines = (progress.lines + lines)[-5:]

@@ -68,6 +68,16 @@ def test_the_end_says_who_cancelled_and_why_it_failed() -> None:
     assert Progress("r1").apply(_event("ended", state="cancelled", actor="team-a")) == ["run r1 cancelled by team-a"]
 
 
+def test_changes_that_no_event_told_are_told_at_the_end() -> None:
+    progress = Progress("r1")
+    progress.name_operators([{"index": n, "name": name, "state": "assigned"} for n, name in enumerate("ab")])
+    progress.apply(_event("operators", changes=[[0, "done", "n1", "succeeded", False]], counts={}))
+    assert not progress.is_settled
+    rows = [{"index": n, "name": name, "state": "done", "node": "n2"} for n, name in enumerate("ab")]
+    assert progress.settle(rows) == ["b done on n2"]
+    assert progress.is_settled
+
+
 def test_log_lines_bear_the_name_of_their_operator() -> None:
     assert Progress("r1").apply(_event("log", index=0, name="a", lines=["x", "y"])) == ["a | x", "a | y"]
 
