@@ -49,9 +49,7 @@ def _exactly_the_overlap_was_shared(evidence: Evidence) -> Check:
     shared = sum(bool(row["shared"]) for ended in evidence.ended.values() for row in ended.rows)
     keys = {row["key"] for ended in evidence.ended.values() for row in ended.rows}
     is_true = shared == evidence.overlap.shared and len(keys) == evidence.overlap.distinct
-    figures = (
-        f"{shared} shared of {evidence.overlap.shared} in common, {len(keys)} distinct of {evidence.overlap.distinct}"
-    )
+    figures = f"{shared} shared of {evidence.overlap.shared} in common, {len(keys)} distinct of {evidence.overlap.distinct}"
     return Check("exactly the operators that the documents have in common were shared", is_true, figures)
 
 

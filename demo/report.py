@@ -15,6 +15,10 @@ from rich.tree import Tree
 from demo.checks import Check, repeated, rewards
 from demo.lineage import Lineage
 from demo.story import Evidence, Story
+from demo.watch import Watch
+
+SILENCE_S = 15.0
+"""After this long without a word people want to know that it is still at work."""
 
 
 class Screen:
@@ -22,7 +26,8 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._began_s = time.monotonic()
+        self._began_s = self._told_s = time.monotonic()
+        self._bars: dict[str, TaskID] = {}
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,30 +39,47 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._progress.console.print(f"[dim]{time.monotonic() - self._began_s:6.1f} s[/dim]  {text}", highlight=False)
+        self._told_s = time.monotonic()
+        self._progress.console.print(
+            f"[dim]{time.monotonic() - self._began_s:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True
+        )
 
     async def follow(self, story: Story) -> None:
         """Show progress until cancelled."""
-        bars: dict[str, TaskID] = {}
         told: set[tuple[str, str]] = set()
-        with self._progress as progress:
+        with self._progress:
             while True:
                 for watch in story.watches:
-                    doing = defaultdict(list)
-                    for seen in watch.running():
-                        doing[seen.node].append(seen.name)
-                    text = "  ".join(f"{node}: {shorten(', '.join(names), 40)}" for node, names in sorted(doing.items()))
-                    if watch.title not in bars:
-                        bars[watch.title] = progress.add_task(watch.title, total=len(watch.operators), doing="")
-                    progress.update(bars[watch.title], completed=watch.done(), doing=text)
-                    for seen in watch.operators:
-                        if seen.state == "done" and (watch.title, seen.name) not in told:
-                            told.add((watch.title, seen.name))
-                            self.say(
-                                f"{watch.title}: {seen.name} done"
-                                + (" [green](shared)[/green]" if seen.is_shared else f" [dim]on {seen.node}[/dim]")
-                            )
+                    self._move_bar(watch)
+                    self._tell(watch, told)
+                if time.monotonic() - self._told_s > SILENCE_S:
+                    self.say("; ".join(_summary(watch) for watch in story.watches) or "waiting for the mesh")
                 await asyncio.sleep(0.2)
+
+    def _move_bar(self, watch: Watch) -> None:
+        doing = defaultdict(list)
+        for seen in watch.running():
+            doing[seen.node].append(seen.name)
+        text = "  ".join(f"{node}: {shorten(', '.join(names), 40)}" for node, names in sorted(doing.items()))
+        if watch.title not in self._bars:
+            self._bars[watch.title] = self._progress.add_task(watch.title, total=len(watch.operators), doing="")
+        self._progress.update(self._bars[watch.title], completed=watch.done(), doing=text)
+
+    def _tell(self, watch: Watch, told: set[tuple[str, str]]) -> None:
+        """Say what is done, once."""
+        news = [seen for seen in watch.operators if seen.state == "done" and (watch.title, seen.name) not in told]
+        told.update((watch.title, seen.name) for seen in news)
+        for seen in news:
+            where = "[green](shared)[/green]" if seen.is_shared else f"[dim]on {seen.node}[/dim]"
+            self.say(f"{watch.title}: {seen.name} done {where}")
+        if watch.state != "accepted" and (watch.title, "") not in told:
+            told.add((watch.title, ""))
+            self.say(f"{watch.title}: run {watch.state} after {watch.ended_s - watch.began_s:.0f} s")
+
+
+def _summary(watch: Watch) -> str:
+    running = ", ".join(f"{seen.name} on {seen.node}" for seen in watch.running()) or "nothing assigned"
+    return f"{watch.title}: {watch.done()} of {len(watch.operators)} done, {shorten(running, 90)}"
 
 
 def show(console: Console, evidence: Evidence, checks: list[Check]) -> None:

@@ -90,10 +90,9 @@ class Story:
             watch_b = await self._submit("team-b", mesh_b, manifest_b)
             if self._is_killing:
                 evidence.kill = await self._kill_one(watch_a)
-            for watch in (watch_b, watch_a):
-                await self._until(lambda watch=watch: watch.state != "accepted")  # type: ignore[misc]
+            for watch in (watch_a, watch_b):
+                await watch.end()
                 evidence.ended[watch.title] = await _ended(watch)
-                self._say(f"{watch.title}: run {watch.run.id} {watch.state} after {watch.ended_s - watch.began_s:.0f} s")
             await self._collect(evidence, mesh_a, watch_a, watch_b)
             return evidence
 

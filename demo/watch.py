@@ -76,6 +76,11 @@ class Watch:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
+    async def end(self) -> None:
+        """Wait until the run has ended."""
+        while self.state == "accepted":
+            await self.changed(1.0)
+
     async def close(self) -> None:
         """Stop following."""
         self._task.cancel()
