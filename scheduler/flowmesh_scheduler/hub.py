@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flowmesh_cas import dag
 from flowmesh_cas.cid import DAG_CBOR, DAG_PB, RAW, cid_of, sha256
-from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
+from flowmesh_cas.errors import TransientError, UsageError
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.messages import Have, Held, decode, encode
+from flowmesh_scheduler.write_behind import WriteBehindStore
 
 log = logging.getLogger("flowmesh.scheduler")
 
-WRITE_BEHIND_S = 0.05
 LOCATE_TIMEOUT_S = 2.0
 LOCATE_MAX_ROOTS = 5000
 LOCATE_LEASE_S = 120.0
@@ -32,33 +32,15 @@ class Hub:
 
     def __init__(self, bus: Bus, store: BlockStore) -> None:
         self._bus = bus
-        self.store = store
-        self._waiting: dict[bytes, bytes] = {}
-        self._writer: asyncio.Task[None] | None = None
+        self.store = WriteBehindStore(store)
 
     def get(self, cid: bytes) -> bytes:
         """Return a block, also one that is not written yet."""
-        block = self._waiting.get(cid)
-        return block if block is not None else self.store.get(cid)
+        return self.store.get(cid)
 
     def put_soon(self, blocks: Iterable[tuple[bytes, bytes]]) -> None:
         """Take blocks now and write them within a moment."""
-        self._waiting.update(blocks)
-        if self._waiting and self._writer is None:
-            self._writer = asyncio.create_task(self._write())
-
-    async def _write(self) -> None:
-        await asyncio.sleep(WRITE_BEHIND_S)
-        try:
-            while self._waiting:
-                batch = dict(self._waiting)
-                await asyncio.to_thread(self.store.put_many, list(batch.items()))
-                for cid in batch:
-                    self._waiting.pop(cid, None)
-        except FlowmeshError:
-            log.exception("the hub could not write %d blocks", len(self._waiting))
-        finally:
-            self._writer = None
+        self.store.put_soon(blocks)
 
     async def put(self, blocks: Sequence[tuple[bytes, bytes]]) -> None:
         """Write blocks; durable on return."""
@@ -66,11 +48,11 @@ class Hub:
 
     def holds(self, root: bytes) -> bool:
         """Tell whether the whole DAG under a root is here."""
-        return root in self._waiting or not dag.missing(self.store, root)
+        return not dag.missing(self.store, root)
 
     def missing(self, root: bytes) -> list[bytes]:
         """Return what the DAG under a root lacks here."""
-        return [cid for cid in dag.missing(self.store, root) if cid not in self._waiting]
+        return dag.missing(self.store, root)
 
     def order(self, root: bytes) -> list[bytes]:
         """Return the CIDs of a DAG, depth first, each once."""
@@ -84,11 +66,6 @@ class Hub:
             if cid[1] != RAW:
                 stack.extend(reversed(dag.links(cid, self.get(cid))))
         return list(found)
-
-    async def drain(self) -> None:
-        """Write what waits."""
-        while self._writer is not None:
-            await asyncio.wait([self._writer])
 
     async def locate(self, roots: Mapping[bytes, Sequence[str]], nodes: Sequence[str]) -> dict[bytes, list[str]]:
         """Ask who holds each root: its candidates first, all ``nodes`` and the hub if none of them says yes."""

@@ -122,7 +122,7 @@ class Leader:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(self.ledger.close(), self.assign.close())
-        await self.hub.drain()
+        await self.hub.store.drain()
 
     def stop(self, why: str) -> None:
         """End this leadership."""
