@@ -192,20 +192,20 @@ async def test_an_aborted_item_is_cancelled_and_the_rest_goes_on(mesh: Mesh) -> 
 # --- what is not lost
 
 
-async def test_an_assignment_leaves_the_stream_only_when_the_leader_closes_it(tmp_path: Path) -> None:
+async def test_an_assignment_is_acknowledged_only_when_the_leader_closes_it(tmp_path: Path) -> None:
     async with one_node(tmp_path) as (leader, _):
         leader.confirms = False
         name = await leader.assign("n1", "flow.noop", [leader.item({})])
         await asyncio.wait_for(leader.closed[name].wait(), 5)
         await leader.until(lambda: name in leader.beats["n1"].held, 3)
-        state = await leader.bus.stream_state(subjects.ASSIGN)
+        state = await leader.bus.consumer_state(subjects.ASSIGN, subjects.assign_consumer("n1"))
         assert state is not None
-        assert state.messages == 1
+        assert state.num_ack_pending == 1
         leader.confirm("n1", name)
         await leader.until(lambda: name not in leader.beats["n1"].held, 3)
         async with asyncio.timeout(3):
-            while state is None or state.messages:
-                state = await leader.bus.stream_state(subjects.ASSIGN)
+            while state is None or state.num_ack_pending:
+                state = await leader.bus.consumer_state(subjects.ASSIGN, subjects.assign_consumer("n1"))
 
 
 async def test_an_unconfirmed_result_is_offered_again(tmp_path: Path) -> None:
