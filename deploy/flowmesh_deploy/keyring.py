@@ -14,6 +14,14 @@ from flowmesh_mesh.names import check_name
 _RESERVED_TENANTS = frozenset({"mesh", "system"})
 
 
+def check_tenant_name(name: str) -> str:
+    """Return ``name`` if a tenant may bear it; raise UsageError otherwise."""
+    check_name(name, "tenant")
+    if name in _RESERVED_TENANTS:
+        raise UsageError(f"tenant name {name!r} is reserved", hint="Choose another name.")
+    return name
+
+
 class _TenantSeeds(msgspec.Struct, frozen=True):
     account: str
     client: str
@@ -74,9 +82,7 @@ class Keyring:
     def add_tenants(self, names: list[str]) -> list[str]:
         """Make accounts for tenants that have none; return their names. All names are checked before any is added."""
         for name in names:
-            check_name(name, "tenant")
-            if name in _RESERVED_TENANTS:
-                raise UsageError(f"tenant name {name!r} is reserved", hint="Choose another name.")
+            check_tenant_name(name)
         fresh = [name for name in dict.fromkeys(names) if name not in self._tenants]
         for name in fresh:
             account, client = Key.new(ACCOUNT), Key.new(ACCOUNT)

@@ -83,13 +83,13 @@ def prepare(
     ``nodes`` None keeps the nodes of last time (one at first); a mesh that ``is_up`` only gains nodes. What exists is kept:
     state survives. Names are checked before anything is written.
     """
-    from flowmesh_deploy.keyring import Keyring
+    from flowmesh_deploy.keyring import Keyring, check_tenant_name
     from flowmesh_mesh.names import check_name
 
     if nodes is not None and not 0 <= nodes <= NODES_MAX:
         raise UsageError(f"{nodes} nodes are not possible", hint=f"Give a number from 0 to {NODES_MAX}.")
     for tenant in tenants:
-        check_name(tenant, "tenant")
+        check_tenant_name(tenant)
     if name:
         check_name(name, "mesh")
     _make_folder(layout)
