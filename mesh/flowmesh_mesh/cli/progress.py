@@ -45,16 +45,9 @@ class Progress:
     lines: list[str] = field(default_factory=list)
 
     def name_operators(self, operators: list[dict[str, Any]]) -> None:
-        """Take names and states from the rows of the leader's answer."""
+        """Take names and types from the rows of the leader's answer; states come with the events."""
         for row in operators:
-            self.rows[int(row["index"])] = Row(
-                str(row["name"]),
-                str(row.get("type") or ""),
-                str(row.get("state") or "waiting"),
-                str(row.get("node") or ""),
-                str(row.get("reason") or ""),
-                bool(row.get("shared")),
-            )
+            self.rows.setdefault(int(row["index"]), Row(str(row["name"]), str(row.get("type") or "")))
 
     def apply(self, event: RunEvent) -> list[str]:
         """Fold one event in; return what to tell of it, line by line."""
@@ -65,25 +58,20 @@ class Progress:
             return [self._change(change) for change in body.get("changes") or ()]
         if event.kind == "log":
             return [f"{clean(body.get('name'))} | {clean(line)}" for line in body.get("lines") or ()]
+        self.name = str(body.get("name") or self.name)
+        self.counts = body.get("counts") or self.counts
+        self.state = str(body.get("state") or event.kind)
         if event.kind == "state":
-            self.name_operators(body.get("operators") or [])
-            self.counts = body.get("counts") or self.counts
-            self.name = str(body.get("name") or self.name)
-        if event.kind == "accepted":
-            self.name = str(body.get("name") or self.name)
-        if event.kind in ("ended", "state", "rejected"):
-            self.state = str(body.get("state") or self.state)
-            self.counts = body.get("counts") or self.counts
-        else:
-            self.state = event.kind
-        return [] if event.kind in ("received", "state") else [self._headline(event)]
+            return self.settle(body.get("operators") or [])
+        return [] if event.kind == "received" else [self._headline(event)]
 
     def settle(self, operators: list[dict[str, Any]]) -> list[str]:
-        """Take the rows of a run that has ended; return what to tell of those whose last change was not heard."""
+        """Take rows of the leader's answer; return what to tell of those whose last change was not heard."""
+        self.name_operators(operators)
         return [
             self._change([row["index"], row["state"], row.get("node"), row.get("reason"), row.get("shared")])
             for row in operators
-            if (known := self.rows.get(int(row["index"]))) is None or known.state != row["state"]
+            if self.rows[int(row["index"])].state != row["state"]
         ]
 
     @property

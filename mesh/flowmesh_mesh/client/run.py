@@ -184,10 +184,6 @@ class Run:
         """Return the event that ended the run, if it has arrived."""
         return self._feed.end
 
-    def ask_again(self) -> None:
-        """Have the state asked for now: no event may come (the run existed before)."""
-        self._feed.heal()
-
 
 def failure(results: Results) -> ExecutionError:
     """Return the error that stands for a run which did not succeed."""

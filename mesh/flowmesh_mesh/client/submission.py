@@ -107,8 +107,6 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
     await handle.follow(from_start=True)
     payload = encode(Submit(run, compiled.cid, blocks or ()))
     stored = asyncio.create_task(publish(bus, run, payload, deadline_s))
-    if is_named:
-        stored.add_done_callback(lambda _: handle.ask_again())  # a run that exists already has no more events to wait for
     try:
         await _accepted(handle, stored, deadline_s)
     except BaseException:

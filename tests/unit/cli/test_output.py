@@ -57,7 +57,8 @@ def test_changes_of_operators_are_told_by_name() -> None:
 def test_a_state_after_a_gap_replaces_what_was_missed() -> None:
     progress = Progress("r1")
     row = {"index": 0, "name": "a", "type": "flow.noop", "state": "done", "node": "n2", "reason": "succeeded", "shared": True}
-    assert progress.apply(_event("state", name="w", state="accepted", operators=[row], counts={"done": 1})) == []
+    lines = progress.apply(_event("state", name="w", state="accepted", operators=[row], counts={"done": 1}))
+    assert lines == ["a done on n2, shared"]
     assert (progress.rows[0].state, progress.rows[0].node, progress.rows[0].is_shared) == ("done", "n2", True)
 
 
@@ -70,7 +71,7 @@ def test_the_end_says_who_cancelled_and_why_it_failed() -> None:
 
 def test_changes_that_no_event_told_are_told_at_the_end() -> None:
     progress = Progress("r1")
-    progress.name_operators([{"index": n, "name": name, "state": "assigned"} for n, name in enumerate("ab")])
+    progress.name_operators([{"index": n, "name": name} for n, name in enumerate("ab")])
     progress.apply(_event("operators", changes=[[0, "done", "n1", "succeeded", False]], counts={}))
     assert not progress.is_settled
     rows = [{"index": n, "name": name, "state": "done", "node": "n2"} for n, name in enumerate("ab")]
@@ -88,7 +89,7 @@ def test_a_run_of_many_operators_is_drawn_in_bounded_space() -> None:
     from flowmesh_mesh.cli.progress import render
 
     progress = Progress("r1", name="big")
-    progress.name_operators([{"index": n, "name": f"op{n}", "type": "flow.noop", "state": "done"} for n in range(5000)])
+    progress.settle([{"index": n, "name": f"op{n}", "type": "flow.noop", "state": "done"} for n in range(5000)])
     progress.apply(_event("operators", changes=[[4321, "failed", "n1", "oom", False]], counts={"done": 4999, "failed": 1}))
     screen = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     screen.print(render(progress, 10))
