@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -89,10 +89,11 @@ def _nodes(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, 
     from flowmesh_scheduler.service import now_us
 
     now = now_us()
-    return [_node(node, now) for _, node in sorted(leader.state.nodes.items())]
+    models = {digest: name for run in leader.state.runs.values() for name, digest in run.acceptance.models.items()}
+    return [_node(node, models, now) for _, node in sorted(leader.state.nodes.items())]
 
 
-def _node(node: Node, now_us: int) -> dict[str, Any]:
+def _node(node: Node, models: Mapping[str, str], now_us: int) -> dict[str, Any]:
     record = node.record
     return {
         "node": record.node,
@@ -104,7 +105,7 @@ def _node(node: Node, now_us: int) -> dict[str, Any]:
         "price_per_hour": record.price_per_hour,
         "load": node.load,
         "running": node.running,
-        "resident": sorted(node.resident),
+        "resident": sorted(models.get(digest, digest) for digest in node.resident),
         "seen_ago_s": round(max(0, now_us - node.last_beat_us) / 1e6, 3),
         "assignments": len(node.assignments),
         "site": record.site,

@@ -55,7 +55,7 @@ def _candidates(state: State) -> Iterator[Candidate]:
         nodes = feasible(state, head)
         if not nodes:
             continue
-        count = batch_size(state, head, len(state.pool[key]))
+        count = batch_size(state, head, len(state.pool[key]), sum(free for _, free in nodes))
         for node, _ in nodes:
             yield Candidate(key, node, count, utility(state, head, count, node))
 
@@ -72,11 +72,15 @@ def _head(state: State, key: str) -> Work | None:
     return None
 
 
-def batch_size(state: State, work: Work, ready: int) -> int:
-    """Return how many of the ready operators to take: shrinking towards the end, so that all nodes finish together."""
+def batch_size(state: State, work: Work, ready: int, free: int) -> int:
+    """Return how many of the ready operators to take, with ``free`` slots on all nodes that can run them.
+
+    Kinds that queue on a node shrink towards the end, so that all nodes finish together; others are dealt out evenly.
+    """
     settings, kind = state.settings, executor_of(work)
-    able = sum(n.record.slots for n in state.nodes.values() if n.is_usable and can_run(n, work))
-    share = -(-ready // max(1, able * settings.depth_limit[kind]))
+    if settings.depth_limit[kind] > 1:
+        free = settings.depth_limit[kind] * sum(n.record.slots for n in state.nodes.values() if n.is_usable and can_run(n, work))
+    share = -(-ready // max(1, free))
     speed = state.speeds.get(speed_key(work))
     is_quick = speed is None or speed.operator_s * settings.batch_floor[kind] < settings.quick_batch_s
     return min(settings.batch_limit[kind], max(settings.batch_floor[kind] if is_quick else 1, share))
