@@ -40,6 +40,9 @@ from flowmesh_node.spool import Spool
 log = logging.getLogger("flowmesh.node")
 
 BEAT_S = 1.0
+CONFIRM_S = 2.0
+"""How long a node that leaves waits for the leader to confirm what it has answered."""
+
 BEAT_SPACING_S = 0.1
 """Least time between two heartbeats, so that a burst of changes is one message."""
 
@@ -61,6 +64,7 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._changed = asyncio.Event()
+        self._numeric: set[str] = set()
         self._is_stopping = False
         self._pull: Pull | None = None
 
@@ -84,7 +88,9 @@ class Agent:
             memory_bytes=self.inventory.memory_bytes,
             on_change=self._note_change,
         )
-        runner = Runner(settings, self.store, self.inputs, self.executors, self._send_log, self.inventory.memory_bytes)
+        runner = Runner(
+            settings, self.store, self.inputs, self.executors, self._send_log, self.inventory.memory_bytes, self._note_numeric
+        )
         self.intake = Intake(
             settings.node,
             self._available.types,
@@ -156,10 +162,11 @@ class Agent:
             found.memory_bytes,
             found.devices,
             found.price_per_hour,
-            versions=_versions(),
-            slots=self.settings.slots,
-            site=found.site,
-            state=self.state,
+            tuple(sorted(self._numeric)),
+            _versions(),
+            self.settings.slots,
+            found.site,
+            self.state,
         )
 
     def missing(self) -> dict[str, list[str]]:
@@ -181,6 +188,12 @@ class Agent:
             await asyncio.sleep(pause_s * random.uniform(0.7, 1.3))
             pause_s = min(1.0, pause_s * 1.5)
         self._send_beat()
+
+    def _note_numeric(self, numeric: str) -> None:
+        """Advertise a numeric class that an engine of this node has just proved by its self-test."""
+        if numeric not in self._numeric:
+            self._numeric.add(numeric)
+            self._spawn(self._announce())
 
     def _note_change(self) -> None:
         self._changed.set()
@@ -292,9 +305,13 @@ class Agent:
             self._pull = None
         await self._quietly(self._announce(), 2.0)
         deadline_s = time.monotonic() + budget_s
-        while (self.intake.held or self.delivery.unconfirmed()) and time.monotonic() < deadline_s:  # noqa: ASYNC110
+        while self.intake.busy and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        return not self.intake.held and not self.delivery.unconfirmed()
+        # What is answered is safe in the spool; the leader may be gone already.
+        deadline_s = min(deadline_s, time.monotonic() + CONFIRM_S)
+        while self.delivery.unconfirmed() and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return not self.intake.busy
 
     async def stop(self) -> None:
         """Leave: end what still runs, spool what is unconfirmed, say goodbye, close. Takes seconds at most."""

@@ -35,6 +35,7 @@ class Course:
         store: BlockStore,
         inputs: Inputs,
         send_log: Callable[[Log], None],
+        on_numeric: Callable[[str], None] = lambda numeric: None,
     ) -> None:
         self._held = held
         self._reply = reply
@@ -43,6 +44,7 @@ class Course:
         self._store = store
         self._inputs = inputs
         self._send_log = send_log
+        self._on_numeric = on_numeric
         self._load_us = 0
         self._began_ns = time.monotonic_ns()
         self._waiting: list[tuple[int, Produced | Failed]] = []
@@ -64,6 +66,8 @@ class Course:
         self._load_us = frame.load_us
         self._began_ns = time.monotonic_ns()
         self._reply.numeric = frame.numeric
+        if frame.numeric:
+            self._on_numeric(frame.numeric)
 
     def _on_settled(self, frame: frames.Settled) -> None:
         result = frame.failed or frame.produced

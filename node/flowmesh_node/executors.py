@@ -118,7 +118,12 @@ class Executors:
         executor = Executor(kind, self._environment)
         executor.is_lent = True
         self._all.append(executor)
-        await executor.start()
+        try:
+            await executor.start()
+        except BaseException:
+            self._all.remove(executor)
+            await executor.kill()
+            raise
         return executor
 
     async def _make_room(self, wanted_bytes: int) -> None:

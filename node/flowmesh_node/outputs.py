@@ -16,7 +16,7 @@ from flowmesh_node.operators.base import Content, Produced
 INLINE_MAX_BYTES = 4096
 """Outputs up to this size in total travel with the result; larger ones are pulled."""
 
-REFS_MAX = 8192
+REFS_MAX = 4096
 """Most contents of one result: they must fit into one message with their digests."""
 
 _BUFFERED_MAX_BYTES = 8 * 1024 * 1024

@@ -38,12 +38,14 @@ class Runner:
         executors: Executors,
         send_log: Callable[[Log], None],
         memory_bytes: int,
+        on_numeric: Callable[[str], None] = lambda numeric: None,
     ) -> None:
         self._settings = settings
         self._store = store
         self._inputs = inputs
         self._executors = executors
         self._send_log = send_log
+        self._on_numeric = on_numeric
         self._user_memory_bytes = settings.user_memory_bytes or memory_bytes // 2
         self._scratch = settings.folder / "scratch"
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -91,7 +93,7 @@ class Runner:
         if not items:
             return
         scratch = self._scratch / uuid.uuid4().hex
-        course = Course(held, reply, list(items), fetched, self._store, self._inputs, self._send_log)
+        course = Course(held, reply, list(items), fetched, self._store, self._inputs, self._send_log, self._on_numeric)
         try:
             batch = await self._batch(held, list(items.values()), scratch)
             held.state = "queued"
