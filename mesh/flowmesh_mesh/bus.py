@@ -7,17 +7,15 @@ has it on disk. Every call has a deadline; a call in flight when the link is los
 from __future__ import annotations
 
 import asyncio
-import base64
 import inspect
 import logging
 import re
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from flowmesh_cas.errors import InternalError, NotFoundError, TransientError, UsageError
+from flowmesh_cas.errors import InternalError, TransientError, UsageError
 from flowmesh_mesh.connection import Connection, CredentialsRefusedError
 from flowmesh_mesh.credentials import Credentials
 from flowmesh_mesh.delivery import (
@@ -37,7 +35,8 @@ from flowmesh_mesh.delivery import (
     parse_headers,
 )
 from flowmesh_mesh.pull import Callback, Pull
-from flowmesh_mesh.streams import ConsumerConfig, StreamConfig
+from flowmesh_mesh.stream_api import ConsumerState, StreamApi, StreamInfo, StreamState
+from flowmesh_mesh.subscription import Subscription
 
 __all__ = [
     "AlreadyStoredError",
@@ -51,6 +50,7 @@ __all__ = [
     "Pull",
     "StoredMessage",
     "StreamFullError",
+    "StreamInfo",
     "StreamState",
     "Subscription",
     "UnknownOutcomeError",
@@ -59,44 +59,9 @@ __all__ = [
 log = logging.getLogger("flowmesh.bus")
 
 BATCH_MAX_MESSAGES = 1000
-BACKLOG_MAX_MESSAGES = 65_536
-"""Messages that wait for a subscription's coroutine; beyond, the newest are dropped and logged."""
 
 _BAD_SUBJECT = re.compile(r"[\s]|^\.|\.\.|\.$|^$")
 _VIOLATION = re.compile(r'publish to "([^"]+)"')
-
-T = TypeVar("T")
-
-
-class StreamState(msgspec.Struct, frozen=True):
-    """What a stream holds."""
-
-    messages: int = 0
-    bytes: int = 0
-    first_seq: int = 0
-    last_seq: int = 0
-    consumer_count: int = 0
-    num_subjects: int = 0
-    num_deleted: int = 0
-    subjects: dict[str, int] = {}
-
-
-class StreamInfo(msgspec.Struct, frozen=True):
-    """How a stream is set up, as the broker words it, and what it holds."""
-
-    config: dict[str, Any] = {}
-    state: StreamState = StreamState()
-    error: ApiError | None = None
-
-
-class ConsumerState(msgspec.Struct, frozen=True):
-    """How far a consumer is: ``num_pending`` not delivered yet, ``num_ack_pending`` delivered and not settled."""
-
-    num_pending: int = 0
-    num_ack_pending: int = 0
-    num_redelivered: int = 0
-    num_waiting: int = 0
-    error: ApiError | None = None
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -105,24 +70,6 @@ class _Stored(msgspec.Struct, frozen=True):
     seq: int = 0
     duplicate: bool = False
     count: int = 0
-
-
-class _Kept(msgspec.Struct, frozen=True):
-    subject: str
-    seq: int
-    hdrs: str = ""
-    data: str = ""
-
-
-class _Message(msgspec.Struct, frozen=True):
-    message: _Kept | None = None
-    error: ApiError | None = None
-
-
-class _Done(msgspec.Struct, frozen=True):
-    error: ApiError | None = None
-    success: bool = False
-    num_pending: int = 0
 
 
 _decode_stored = msgspec.json.Decoder(_Stored).decode
@@ -138,54 +85,10 @@ class _Request:
         self.future = future
 
 
-class Subscription:
-    """A core subscription. Coroutines run one at a time and in order; what they raise is logged."""
-
-    def __init__(self, bus: Bus, subject: str, queue: str, callback: Callback) -> None:
-        self._bus = bus
-        self._callback = callback
-        self._backlog: deque[Delivery] = deque()
-        self._wake = asyncio.Event()
-        self.subject = subject
-        self._worker = asyncio.create_task(self._work()) if inspect.iscoroutinefunction(callback) else None
-        self._number = bus.connection.listen(subject, self._receive, queue)
-
-    def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        delivery = Delivery(self._bus, subject.decode(), reply.decode(), data, headers)
-        if self._worker is None:
-            self._callback(delivery)
-        elif len(self._backlog) < BACKLOG_MAX_MESSAGES:
-            self._backlog.append(delivery)
-            self._wake.set()
-        else:
-            log.warning("subscription to %s is too slow: dropped a message", self.subject)
-
-    async def _work(self) -> None:
-        while True:
-            if not self._backlog:
-                self._wake.clear()
-                await self._wake.wait()
-            delivery = self._backlog.popleft()
-            try:
-                result = self._callback(delivery)
-                if result is not None:
-                    await result
-            except Exception:
-                log.exception("callback for %s failed", delivery.subject)
-
-    async def unsubscribe(self) -> None:
-        """End the subscription; what waits is dropped."""
-        self._bus.connection.unlisten(self._number)
-        self._bus.forget(self)
-        if self._worker is not None and self._worker is not asyncio.current_task():
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-
-
 Notice = Callable[[], Awaitable[None] | None]
 
 
-class Bus:
+class Bus(StreamApi):
     """A connection to the mesh's broker. Made by :meth:`connect`."""
 
     def __init__(self, connection: Connection, urls: Sequence[str], inbox: str) -> None:
@@ -473,46 +376,6 @@ class Bus:
         answer, raw = await self._ask(subject, data, timeout_s, fields)
         return _sequence(answer, raw, subject)
 
-    async def _api(self, subject: str, body: Any, kind: type[T], what: str, timeout_s: float = 5.0) -> T:
-        """Ask the stream API; raise our error when it answers with one."""
-        data = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        try:
-            answer = await self.request(f"$JS.API.{subject}", data, timeout_s=timeout_s)
-        except NoAnswerError as error:
-            raise TransientError(
-                f"{what}: the broker's streams are not ready", hint="The broker is starting: try again."
-            ) from error
-        decoded = msgspec.json.decode(answer, type=kind)
-        error_body: ApiError | None = getattr(decoded, "error", None)
-        if error_body is not None:
-            raise error_of(error_body, what)
-        return decoded
-
-    async def last_message(self, stream: str, subject: str) -> StoredMessage | None:
-        """Return the last message of ``subject`` as the stream's leader knows it; None when there is none."""
-        return await self._read(stream, {"last_by_subj": subject})
-
-    async def message(self, stream: str, seq: int) -> StoredMessage | None:
-        """Return the message with sequence ``seq`` as the stream's leader knows it; None when there is none."""
-        return await self._read(stream, {"seq": seq})
-
-    async def next_message(self, stream: str, from_seq: int, subject_filter: str = ">") -> StoredMessage | None:
-        """Return the first message at or after ``from_seq`` whose subject matches, by the leader; None when there is none."""
-        return await self._read(stream, {"seq": max(1, from_seq), "next_by_subj": subject_filter})
-
-    async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:
-        try:
-            found = await self._api(f"STREAM.MSG.GET.{stream}", query, _Message, f"reading {stream}")
-        except NotFoundError as error:
-            if "no message found" in error.message:
-                return None
-            raise
-        if found.message is None:
-            return None
-        kept = found.message
-        headers = parse_headers(base64.b64decode(kept.hdrs)) if kept.hdrs else {}
-        return StoredMessage(kept.subject, base64.b64decode(kept.data), kept.seq, headers)
-
     async def pull(self, stream: str, consumer: str, callback: Callback, *, batch: int = 500, expires_s: float = 30.0) -> Pull:
         """Deliver the messages of a durable consumer to ``callback`` until the pull is stopped.
 
@@ -528,80 +391,6 @@ class Bus:
         from flowmesh_mesh.replay import read_stream
 
         return read_stream(self, stream, subject_filter, from_seq)
-
-    async def ensure_stream(self, config: StreamConfig) -> StreamState:
-        """Create the stream, or bring it to ``config``; what can only be set at creation stays as it is."""
-        what = f"stream {config.name}"
-        try:
-            found = await self._api(f"STREAM.INFO.{config.name}", b"", StreamInfo, what)
-        except NotFoundError:
-            created = await self._api(f"STREAM.CREATE.{config.name}", config, StreamInfo, what)
-            return created.state
-        wanted = msgspec.to_builtins(config)
-        wanted.pop("first_seq", None)
-        if any(found.config.get(name) != value for name, value in wanted.items()):
-            merged = {**found.config, **wanted}
-            found = await self._api(f"STREAM.UPDATE.{config.name}", merged, StreamInfo, what)
-        return found.state
-
-    async def stream_info(self, stream: str, *, subjects: str = "") -> StreamInfo | None:
-        """Return a stream's configuration and state, None when there is none; ``subjects`` filters what is counted by subject."""
-        body = {"subjects_filter": subjects} if subjects else b""
-        try:
-            return await self._api(f"STREAM.INFO.{stream}", body, StreamInfo, f"stream {stream}")
-        except NotFoundError:
-            return None
-
-    async def stream_state(self, stream: str, *, subjects: str = "") -> StreamState | None:
-        """Return what a stream holds, None when it does not exist; ``subjects`` is a filter of subjects to count."""
-        found = await self.stream_info(stream, subjects=subjects)
-        return None if found is None else found.state
-
-    async def ensure_consumer(self, stream: str, config: ConsumerConfig) -> int:
-        """Create the consumer or bring it to ``config``; return how many messages wait for it."""
-        body = {"stream_name": stream, "config": msgspec.to_builtins(config)}
-        subject = f"CONSUMER.CREATE.{stream}.{config.name}" + (f".{config.filter_subject}" if config.filter_subject else "")
-        return (await self._api(subject, body, _Done, f"consumer {config.name} of {stream}")).num_pending
-
-    async def consumer_state(self, stream: str, consumer: str) -> ConsumerState | None:
-        """Return how far a consumer is, None when there is none."""
-        try:
-            return await self._api(f"CONSUMER.INFO.{stream}.{consumer}", b"", ConsumerState, f"consumer {consumer} of {stream}")
-        except NotFoundError:
-            return None
-
-    async def delete_consumer(self, stream: str, consumer: str) -> None:
-        """Delete a consumer; it is no error when there is none."""
-        try:
-            await self._api(f"CONSUMER.DELETE.{stream}.{consumer}", b"", _Done, f"consumer {consumer} of {stream}")
-        except NotFoundError:
-            return
-
-    async def delete_message(self, stream: str, seq: int) -> bool:
-        """Delete one message; tell whether it was there."""
-        try:
-            await self._api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True}, _Done, f"message {seq} of {stream}")
-        except InternalError as error:
-            if "(10057)" in error.message or "not found" in error.message:
-                return False
-            raise
-        except NotFoundError:
-            return False
-        return True
-
-    async def purge(self, stream: str, subject: str = "", *, below_seq: int = 0) -> None:
-        """Delete all messages, or those of ``subject`` (wildcards allowed), or those with a sequence below ``below_seq``."""
-        body: dict[str, Any] = {"filter": subject} if subject else {}
-        if below_seq:
-            body["seq"] = below_seq
-        await self._api(f"STREAM.PURGE.{stream}", body or b"", _Done, f"purging {stream}")
-
-    async def delete_stream(self, stream: str) -> None:
-        """Delete a stream and all it holds; it is no error when there is none."""
-        try:
-            await self._api(f"STREAM.DELETE.{stream}", b"", _Done, f"stream {stream}")
-        except NotFoundError:
-            return
 
     # --- the end
 
