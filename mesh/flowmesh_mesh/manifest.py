@@ -201,7 +201,10 @@ class Acceptance(_Kept, frozen=True):
 
 
 class RunEnd(_Kept, frozen=True):
-    """Ledger entry: how a run ended. ``outputs`` names the ledger record (CID) behind each declared output."""
+    """Ledger entry: how a run ended. ``records`` names the ledger record (CID) behind each declared output.
+
+    A run with very many outputs names none of them here (``outputs_total`` tells how many): they follow from its results.
+    """
 
     tenant: str
     run: str
@@ -213,6 +216,7 @@ class RunEnd(_Kept, frozen=True):
     records: dict[str, bytes] = {}
     counts: dict[str, int] = {}
     saved_us: int = 0
+    outputs_total: int = 0
     v: int = MANIFEST_VERSION
 
 

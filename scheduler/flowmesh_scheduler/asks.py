@@ -15,6 +15,7 @@ from flowmesh_mesh.bus import Delivery
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
 from flowmesh_scheduler import lineage
+from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.recovery import evaluate
 from flowmesh_scheduler.core.state import Node, Run, Vertex, VertexState
 from flowmesh_scheduler.feeds import plain_outputs, plain_ref
@@ -171,6 +172,7 @@ def plain_end(end: RunEnd) -> dict[str, Any]:
         "detail": end.detail,
         "counts": dict(end.counts),
         "outputs": plain_outputs(end.outputs),
+        "outputs_total": end.outputs_total or len(end.outputs),
         "saved_us": end.saved_us,
     }
 
@@ -203,9 +205,19 @@ def _run(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
         "seq": leader.feeds.seq(tenant, run.id),
         "operators": [_operator_row(v) for v in run.vertices[offset : offset + limit]],
         "outputs": plain_outputs(end.outputs) if end else {},
+        "outputs_total": (end.outputs_total or len(end.outputs)) if end else 0,
         "total": len(run.vertices),
         "saved_us": end.saved_us if end else run.saved_us,
     }
+
+
+def _outputs(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return declared outputs by name, a page of them."""
+    run = find_run(leader, tenant, args.get("run"))
+    offset, limit = max(0, int(args.get("offset", 0))), max(1, int(args.get("limit", ROWS_DEFAULT)))
+    found = outputs_of(run)
+    page = list(found.items())[offset : offset + limit]
+    return {"outputs": plain_outputs(dict(page)), "total": len(found)}
 
 
 def _operator_row(vertex: Vertex) -> dict[str, Any]:
@@ -252,6 +264,7 @@ _ANSWERS: dict[str, Any] = {
     "nodes": _nodes,
     "runs": _runs,
     "run": _run,
+    "outputs": _outputs,
     "log": _log,
     "lineage": _lineage,
 }

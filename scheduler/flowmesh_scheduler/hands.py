@@ -14,9 +14,9 @@ from flowmesh_cas.errors import FlowmeshError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.manifest import encode_record, record_cid
 from flowmesh_mesh.messages import encode
+from flowmesh_scheduler.asks import plain_end
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
-from flowmesh_scheduler.feeds import plain_outputs
 
 if TYPE_CHECKING:
     from flowmesh_scheduler.service import Leader
@@ -129,16 +129,7 @@ class Hands:
     def _end(self, command: c.EndRun) -> None:
         end = command.end
         pair = (end.tenant, end.run)
-        body = {
-            "state": command.state,
-            "reason": end.reason,
-            "actor": end.actor,
-            "detail": end.detail,
-            "counts": end.counts,
-            "outputs": plain_outputs(end.outputs),
-            "saved_us": end.saved_us,
-        }
-        self._leader.feeds.tell(*pair, "ended", body)
+        self._leader.feeds.tell(*pair, "ended", plain_end(end))
         if not self._ending:
             asyncio.get_running_loop().call_later(ENDS_GATHERED_S, self._write_ends)
         self._ending[pair] = encode_record(end)

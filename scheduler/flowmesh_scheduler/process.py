@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -128,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--verbose", action="store_true", help="log more")
     options = parser.parse_args(arguments)
     level = logging.INFO if options.verbose or os.environ.get("FLOWMESH_DEBUG") else logging.WARNING
+    gc.set_threshold(100_000, 20, 20)  # runs of many operators are many long-lived objects: look at them seldom
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         asyncio.run(serve(options.dir))

@@ -12,6 +12,9 @@ from flowmesh_scheduler.core.outcomes import take_away
 from flowmesh_scheduler.core.planning import detach, reopen
 from flowmesh_scheduler.core.state import Run, State, Vertex, VertexState, WorkState
 
+OUTPUTS_TOLD_MAX = 256
+"""Most outputs that the end of a run names itself; of larger runs they are asked for, page by page."""
+
 
 def on_cancel(state: State, event: CancelRequested, now_us: int, out: Outbox) -> None:
     """Stop a run: its operators leave their work; work that nobody else waits for is stopped."""
@@ -78,12 +81,17 @@ def end_if_settled(state: State, run: Run, now_us: int, out: Outbox) -> None:
         actor=run.actor or "scheduler",
         ended_at_us=now_us,
         detail=run.detail,
-        outputs=outputs,
-        records={name: r for name, o in run.manifest.outputs.items() if (r := run.vertices[o.op].record)},
+        outputs=outputs if len(outputs) <= OUTPUTS_TOLD_MAX else {},
+        records=_records(run) if len(outputs) <= OUTPUTS_TOLD_MAX else {},
+        outputs_total=len(outputs),
         counts={name: n for name, n in run.counts.items() if n},
         saved_us=run.saved_us,
     )
     out.add(EndRun(run.end, state_word))
+
+
+def _records(run: Run) -> dict[str, bytes]:
+    return {name: record for name, output in run.manifest.outputs.items() if (record := run.vertices[output.op].record)}
 
 
 def on_kept(state: State, event: Kept, out: Outbox) -> None:
