@@ -93,8 +93,16 @@ def assign(first_seq_ms: int, replicas: int = 1) -> StreamConfig:
 
 
 def done(replicas: int = 1) -> StreamConfig:
-    """Batch results on their way to the leader."""
-    return StreamConfig(subjects.DONE, ["fm.node.*.done"], retention="workqueue", storage="memory", num_replicas=replicas)
+    """Batch results, for a leader that was away when they came; an hour of them at most, and nodes offer them again."""
+    return StreamConfig(
+        subjects.DONE,
+        ["fm.node.*.done"],
+        storage="memory",
+        max_age=3600 * SECOND_NS,
+        max_bytes=256 * 1024 * 1024,
+        num_replicas=replicas,
+        duplicate_window=120 * SECOND_NS,
+    )
 
 
 def ledger(first_seq_ms: int, replicas: int = 1) -> StreamConfig:
@@ -174,7 +182,7 @@ def assign_consumer(node: str, ack_wait_s: float = 30.0) -> ConsumerConfig:
 
 
 def leader_consumer(name: str, filter_subject: str = "", ack_wait_s: float = 30.0) -> ConsumerConfig:
-    """Return the durable from which the leader pulls a work queue (SUBMIT, READY, DONE)."""
+    """Return the durable from which the leader pulls a work queue."""
     return ConsumerConfig(
         name,
         durable_name=name,

@@ -18,15 +18,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowmesh.scheduler")
 
-REPORTS_REMEMBERED = 4096
-
 
 class Reports:
     """The leader's ear for nodes."""
 
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
-        self._seen: dict[int, None] = {}
+        self._passed = 0
 
     async def listen(self) -> list[Subscription | Pull]:
         """Subscribe to what nodes publish."""
@@ -38,19 +36,29 @@ class Reports:
             await subscribe("fm.nodes.*", self._on_node_record),
         ]
 
-    async def pull(self) -> Pull:
-        """Take the reports that waited in their stream for a leader."""
+    async def catch_up(self) -> None:
+        """Take the reports that came while nobody led. From now on they are taken from their subjects; what should be missed
+        there, its node offers again."""
+        async for message in self._leader.bus.read_stream(subjects.DONE):
+            self._take(message.subject, message.data)
+
+    async def sweep(self) -> None:
+        """Remove reports that were there at the last sweep: they have been taken from their subject since."""
         bus = self._leader.bus
-        await bus.ensure_consumer(subjects.DONE, streams.leader_consumer("leader"))
-        return await bus.pull(subjects.DONE, "leader", self._on_stored_done)
+        found = await bus.stream_state(subjects.DONE)
+        if found is None or not found.messages:
+            return
+        if self._passed:
+            await bus.purge(subjects.DONE, below_seq=self._passed + 1)
+        self._passed = found.last_seq
 
     def _on_beat(self, delivery: Delivery) -> None:
-        beat = read(delivery, Beat)
+        beat = read(delivery.subject, delivery.data, Beat)
         if beat is not None and delivery.subject == subjects.node_beat(beat.node):
             self._leader.apply(e.BeatReceived(beat))
 
     def _on_node_record(self, delivery: Delivery) -> None:
-        record = read(delivery, NodeRecord)
+        record = read(delivery.subject, delivery.data, NodeRecord)
         if record is not None and delivery.subject == subjects.node_record(record.node) and self._leader.is_ready:
             self._leader.spawn(self.join(record))
 
@@ -64,24 +72,16 @@ class Reports:
             if node.record.public_key == public_key:
                 self._leader.apply(e.NodeDisconnected(node.name))
 
-    def _on_stored_done(self, delivery: Delivery) -> None:
-        self._on_done(delivery)
-        delivery.post_ack()
-
     def _on_done(self, delivery: Delivery) -> None:
-        """Take a report, from the subject itself or from the stream, whichever is first; the other copy is dropped."""
-        mark = hash(delivery.data)
-        if self._seen.pop(mark, 0) is None:
-            return
-        self._seen[mark] = None
-        if len(self._seen) > REPORTS_REMEMBERED:
-            del self._seen[next(iter(self._seen))]
-        done = read(delivery, Done)
+        self._take(delivery.subject, delivery.data)
+
+    def _take(self, subject: str, data: bytes) -> None:
+        done = read(subject, data, Done)
         if done is None:
             return
         node = self._leader.state.nodes.get(done.node)
-        if delivery.subject != subjects.node_done(done.node) or node is None:
-            log.warning("report on %s from an unknown node", delivery.subject)
+        if subject != subjects.node_done(done.node) or node is None:
+            log.warning("report on %s from an unknown node", subject)
             return
         if not check_receipt(done, node.record.public_key):
             log.warning("report of %s on %s has no valid receipt", done.node, done.assignment)
@@ -91,7 +91,7 @@ class Reports:
         self._leader.apply(e.DoneReceived(done, dict(blocks)))
 
     def _on_log(self, delivery: Delivery) -> None:
-        message = read(delivery, Log)
+        message = read(delivery.subject, delivery.data, Log)
         if message is None or delivery.subject != subjects.node_log(message.node):
             return
         work = self._leader.state.works.get(message.key)
@@ -101,10 +101,10 @@ class Reports:
             )
 
 
-def read(delivery: Delivery, kind: Any) -> Any:
-    """Return the message of a delivery, or None (and a warning) if it cannot be read."""
+def read(subject: str, data: bytes, kind: Any) -> Any:
+    """Return the message in ``data``, or None (and a warning) if it cannot be read."""
     try:
-        return decode(delivery.data, kind)
+        return decode(data, kind)
     except UsageError as error:
-        log.warning("on %s: %s", delivery.subject, error)
+        log.warning("on %s: %s", subject, error)
         return None

@@ -1,5 +1,8 @@
-"""What tenants send: submissions, cancellations, questions, blocks. A submission is taken from its subject at once; the copy in
-the stream is the one that must not be lost, and is settled when the ledger shows the acceptance."""
+"""What tenants send: submissions, cancellations, questions, blocks.
+
+A request is taken from its subject at once. Its copy in the stream is the one that must not be lost: it is read a little later,
+finds its run known in nearly every case, and is removed once the ledger shows what became of it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import msgspec
 
 from flowmesh_cas.errors import FlowmeshError, UsageError
 from flowmesh_mesh import streams, subjects
-from flowmesh_mesh.bus import Delivery, Pull, Subscription
+from flowmesh_mesh.bus import Delivery, Pull, StoredMessage, Subscription
 from flowmesh_mesh.messages import Answer, Cancel, Ready, decode, encode, is_json
 from flowmesh_scheduler import asks, intake
 from flowmesh_scheduler.core import events as e
@@ -35,81 +38,78 @@ class Requests:
         self._leader = leader
         self._accepting: dict[tuple[str, str], asyncio.Future[bool]] = {}
         self._unsettled: set[int] = set()
-        self._last = 0
-        self._swept = 0
+        self._read = 0
+        self._removed = 0
 
     async def listen(self) -> list[Subscription | Pull]:
         """Subscribe to what tenants send, and take what waited for a leader."""
         bus = self._leader.bus
-        await bus.ensure_consumer(subjects.SUBMIT, streams.leader_consumer("leader"))
         await bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader"))
-        return [
+        listening: list[Subscription | Pull] = [
             await bus.subscribe(subjects.submit("*"), self._on_request),
             await bus.subscribe(subjects.cancel("*"), self._on_request),
             await bus.subscribe(subjects.ask("*"), self._on_ask),
             await bus.subscribe(subjects.put("*"), self._on_put),
             await bus.subscribe(subjects.get("*"), self._on_get),
-            await bus.pull(subjects.SUBMIT, "leader", self._on_stored_request),
             await bus.pull(subjects.READY, "leader", self._on_ready),
         ]
+        await self.sweep()
+        return listening
 
     async def sweep(self) -> None:
-        """Remove settled requests from their stream, up to the first that is not."""
-        settled = min(self._unsettled) - 1 if self._unsettled else self._last
-        if settled > self._swept:
-            await self._leader.bus.purge(subjects.SUBMIT, below_seq=settled + 1)
-            self._swept = settled
+        """Read the copies of requests that came since the last sweep; remove what is settled, up to the first that is not."""
+        bus = self._leader.bus
+        found = await bus.stream_state(subjects.SUBMIT)
+        if found is None or not found.messages:
+            return
+        if found.last_seq > self._read:
+            async for message in bus.read_stream(subjects.SUBMIT, from_seq=self._read + 1):
+                self._read = message.seq
+                self._take_copy(message)
+        settled = min(self._unsettled) - 1 if self._unsettled else self._read
+        if settled > self._removed:
+            await bus.purge(subjects.SUBMIT, below_seq=settled + 1)
+            self._removed = settled
+
+    def _take_copy(self, message: StoredMessage) -> None:
+        future = self._take(message.subject, message.data, is_copy=True)
+        if future is not None:
+            self._unsettled.add(message.seq)
+            future.add_done_callback(lambda done: None if done.cancelled() else self._unsettled.discard(message.seq))
 
     def _on_ready(self, delivery: Delivery) -> None:
-        message = read(delivery, Ready)
+        message = read(delivery.subject, delivery.data, Ready)
         if message is not None:
             self._leader.apply(e.ReadySeen(message.tenant, message.run))
         delivery.post_ack()
 
     def _on_request(self, delivery: Delivery) -> None:
-        """A submission or cancellation from the subject itself: the same comes from the stream, a little later."""
-        self._take_request(delivery)
+        self._take(delivery.subject, delivery.data, is_copy=False)
 
-    def _take_request(self, delivery: Delivery) -> asyncio.Future[bool] | None:
-        is_cancel = delivery.subject.startswith(subjects.cancel(""))
-        return self._on_cancel(delivery) if is_cancel else self._on_submit(delivery)
+    def _take(self, subject: str, data: bytes, *, is_copy: bool) -> asyncio.Future[bool] | None:
+        """Take a submission or cancellation; the future tells when the ledger shows it, None that nobody has to wait."""
+        tenant = subject.rpartition(".")[2]
+        if subject.startswith(subjects.cancel("")):
+            self._cancel(tenant, data)
+            return None
+        return self._submission(tenant, data, is_copy=is_copy)
 
-    def _on_stored_request(self, delivery: Delivery) -> None:
-        """A submission or cancellation from the stream: settled once the ledger shows it."""
-        sequence = delivery.seq
-        self._last = max(self._last, sequence)
-        self._unsettled.add(sequence)
-        future = self._take_request(delivery)
-
-        def settled(done: asyncio.Future[bool]) -> None:
-            if not done.cancelled():
-                self._unsettled.discard(sequence)
-                delivery.post_ack()
-
-        if future is None:
-            self._unsettled.discard(sequence)
-            delivery.post_ack()
-        else:
-            future.add_done_callback(settled)
-
-    def _on_submit(self, delivery: Delivery) -> asyncio.Future[bool] | None:
-        """Take a submission, from the subject itself or from the stream, whichever is first."""
-        tenant = delivery.subject.rpartition(".")[2]
+    def _submission(self, tenant: str, data: bytes, *, is_copy: bool) -> asyncio.Future[bool] | None:
         try:
-            run, encoding = intake.run_of(delivery.data)
+            run, encoding = intake.run_of(data)
         except UsageError as error:
-            encoding = "json" if is_json(delivery.data) else "msgpack"
-            self._reject((tenant, intake.fallback_run(delivery.data)), encoding, error)
+            encoding = "json" if is_json(data) else "msgpack"
+            self._reject((tenant, intake.fallback_run(data)), encoding, error)
             return None
         pair = (tenant, run)
         if pair in self._leader.state.runs or pair in self._leader.state.ended:
-            if pair not in self._accepting and not delivery.seq:
+            if pair not in self._accepting and not is_copy:
                 self._repeat(pair)
             return self._accepting.get(pair)
         future = self._accepting.get(pair)
         if future is None:
             future = self._accepting[pair] = asyncio.get_running_loop().create_future()
-            self._take_in(pair, encoding, delivery.data)
+            self._take_in(pair, encoding, data)
         return future
 
     def _take_in(self, pair: tuple[str, str], encoding: str, data: bytes) -> None:
@@ -197,21 +197,14 @@ class Requests:
         if ended is not None:
             self._leader.feeds.send(feed, "ended", asks.plain_end(ended[0]))
 
-    def _on_cancel(self, delivery: Delivery) -> asyncio.Future[bool] | None:
-        tenant = delivery.subject.rpartition(".")[2]
+    def _cancel(self, tenant: str, data: bytes) -> None:
         try:
-            message = (
-                msgspec.json.decode(delivery.data, type=asks.JsonCancel)
-                if is_json(delivery.data)
-                else decode(delivery.data, Cancel)
-            )
+            message = msgspec.json.decode(data, type=asks.JsonCancel) if is_json(data) else decode(data, Cancel)
         except (msgspec.DecodeError, UsageError) as error:
             log.info("unreadable cancellation: %s", error)
-            return None
-        self._leader.apply(
-            e.CancelRequested(tenant, message.run, message.actor or self._leader.tenant_names.get(tenant, "tenant"))
-        )
-        return None
+            return
+        actor = message.actor or self._leader.tenant_names.get(tenant, "tenant")
+        self._leader.apply(e.CancelRequested(tenant, message.run, actor))
 
     def _on_ask(self, delivery: Delivery) -> None:
         self._leader.spawn(self._answer(delivery, asks.answer))

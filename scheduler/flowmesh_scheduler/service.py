@@ -31,7 +31,7 @@ from flowmesh_scheduler.takeover import read_state
 log = logging.getLogger("flowmesh.scheduler")
 
 TICK_S = 0.1
-SWEEP_S = 2.0
+SWEEP_S = 0.5
 
 
 def now_us() -> int:
@@ -110,7 +110,7 @@ class Leader:
 
         self._listening.append(await self.bus.subscribe(subjects.LEADER_ALIVE, lambda d: d.post_respond(self.name.encode())))
         self._listening.append(await serve_blocks(self.bus, self.hub.store, subjects.HUB, now_us=now_us))
-        self._listening.append(await self.reports.pull())
+        await self.reports.catch_up()
         self._listening += await self.requests.listen()
 
     async def _close(self) -> None:
@@ -158,6 +158,7 @@ class Leader:
             with contextlib.suppress(TransientError):
                 await self.queue.sweep()
                 await self.requests.sweep()
+                await self.reports.sweep()
 
     async def _renew(self) -> None:
         """Keep the lease; fail closed when it cannot be kept."""
