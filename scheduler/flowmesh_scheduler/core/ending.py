@@ -102,6 +102,9 @@ def on_kept(state: State, event: Kept, out: Outbox) -> None:
     run.keeping = False
     out.touched[run.id_pair] = run
     missing = set(event.missing)
+    kept = [ref.cid for refs in outputs_of(run).values() for ref in refs if ref.cid not in missing]
+    for root in kept:
+        state.places.setdefault(root, set()).add(HUB)
     if not missing:
         run.kept = True
         return
@@ -112,7 +115,8 @@ def on_kept(state: State, event: Kept, out: Outbox) -> None:
 
 
 def _makers(run: Run, roots: set[bytes]) -> list[Vertex]:
-    return [v for v in run.vertices if v.outputs and any(ref.cid in roots for refs in v.outputs.values() for ref in refs)]
+    makers = [run.vertices[index] for index in dict.fromkeys(output.op for output in run.manifest.outputs.values())]
+    return [v for v in makers if v.outputs and any(ref.cid in roots for refs in v.outputs.values() for ref in refs)]
 
 
 def on_ended(state: State, pair: tuple[str, str]) -> None:
@@ -120,7 +124,8 @@ def on_ended(state: State, pair: tuple[str, str]) -> None:
     run = state.runs.get(pair)
     if run is None or run.end is None:
         return
+    if pair not in state.ended:
+        state.finished.append(pair)
     state.ended[pair] = (run.end, run.acceptance)
-    finished = [r for r in state.runs.values() if r.end is not None]
-    for old in finished[: max(0, len(finished) - state.settings.run_history)]:
-        del state.runs[old.id_pair]
+    while len(state.finished) > state.settings.run_history:
+        state.runs.pop(state.finished.popleft(), None)

@@ -7,17 +7,22 @@ from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outcomes import close_if_empty, release
 from flowmesh_scheduler.core.planning import fail_work
-from flowmesh_scheduler.core.state import Node, Outstanding, State
+from flowmesh_scheduler.core.state import Node, Outstanding, State, WorkState
 
 _CHEAP = frozenset({"inline", "data"})
 
 
 def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> None:
-    """Know a node, or know it anew: an agent that started again holds nothing of what it held before."""
+    """Know a node, or know it anew: an agent that started again holds nothing of what it held before.
+
+    One that started again without a goodbye has crashed: that counts as the loss of a node. What an earlier life said is ignored.
+    """
     known = state.nodes.get(record.node)
+    if known is not None and record.started_at_us < known.record.started_at_us:
+        return
     if record.state == "left":
         if known is not None:
-            lose(state, known, now_us, out)
+            lose(state, known, now_us, out, counts_as_loss=False)
         return
     if known is not None and known.record.started_at_us == record.started_at_us and known.state != "gone":
         known.record = record
@@ -26,7 +31,7 @@ def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> Non
         known.disconnected_at_us = 0
         return
     if known is not None:
-        _take_back(state, known, out, counts_as_loss=False)
+        _take_back(state, known, out, counts_as_loss=True)
     state.nodes[record.node] = Node(record, now_us, record.state)
 
 
@@ -35,20 +40,28 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     node = state.nodes.get(beat.node)
     if node is None:
         return
+    if beat.state == "left":
+        lose(state, node, now_us, out, counts_as_loss=False)
+        return
     node.last_beat_us = now_us
     node.disconnected_at_us = 0
     node.state = beat.state
     node.resident = frozenset(beat.resident)
     node.load, node.running, node.memory_free_bytes = beat.load, beat.running, beat.memory_free_bytes
-    held = set(beat.held)
+    held = dict.fromkeys(beat.held)
     for assignment in held:
         if assignment not in state.assignments:
             out.add(Tell(beat.node, Commit(state.epoch, assignment, (), closed=True)))
     lost_after_us = now_us - int(state.settings.lease_s * 1e6)
-    for assignment in list(node.assignments - held):
-        outstanding = state.assignments.get(assignment)
-        if outstanding is not None and outstanding.assigned_at_us < lost_after_us:
+    for outstanding in list(node.assignments.values()):
+        if _is_forgotten(outstanding, outstanding.id in held, lost_after_us):
             _requeue(state, outstanding, out, counts_as_loss=False)
+
+
+def _is_forgotten(outstanding: Outstanding, is_held: bool, lost_after_us: int) -> bool:
+    """Tell whether work waits on a node that does not hold it, or that has said its last word without a word on it."""
+    since_us = outstanding.answered_at_us if is_held else outstanding.assigned_at_us
+    return 0 < since_us < lost_after_us and any(w.state is WorkState.ASSIGNED for w in outstanding.open.values())
 
 
 def on_disconnected(state: State, name: str, now_us: int) -> None:
@@ -69,24 +82,21 @@ def watch_leases(state: State, now_us: int, out: Outbox) -> None:
         if now_us - node.last_beat_us > settings.node_lease_us:
             lose(state, node, now_us, out)
         elif node.disconnected_at_us and now_us - node.disconnected_at_us > settings.suspicion_us:
-            for assignment in list(node.assignments):
-                outstanding = state.assignments[assignment]
+            for outstanding in list(node.assignments.values()):
                 if outstanding.executor in _CHEAP:
                     _requeue(state, outstanding, out, counts_as_loss=False)
 
 
-def lose(state: State, node: Node, now_us: int, out: Outbox) -> None:
+def lose(state: State, node: Node, now_us: int, out: Outbox, *, counts_as_loss: bool = True) -> None:
     """A node is gone: whatever it held runs elsewhere."""
     node.state = "gone"
     node.disconnected_at_us = node.disconnected_at_us or now_us
-    _take_back(state, node, out, counts_as_loss=True)
+    _take_back(state, node, out, counts_as_loss=counts_as_loss)
 
 
 def _take_back(state: State, node: Node, out: Outbox, *, counts_as_loss: bool) -> None:
-    for outstanding in [o for o in state.assignments.values() if o.node == node.name]:
+    for outstanding in list(node.assignments.values()):
         _requeue(state, outstanding, out, counts_as_loss=counts_as_loss)
-    node.assignments.clear()
-    node.busy.clear()
 
 
 def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_loss: bool) -> None:
@@ -104,10 +114,11 @@ def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_l
 
 
 def restore_leases(state: State, now_us: int) -> None:
-    """The leader was cut off: every lease starts anew."""
+    """The leader was cut off: every lease starts anew, and every suspicion."""
     for node in state.nodes.values():
         if node.state != "gone":
             node.last_beat_us = now_us
+            node.disconnected_at_us = node.disconnected_at_us and now_us
 
 
 __all__ = ["close_if_empty", "lose", "on_beat", "on_disconnected", "on_joined", "restore_leases", "watch_leases"]

@@ -13,10 +13,14 @@ from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core.commands import Release, Tell
 from flowmesh_scheduler.core.events import Committed, DoneReceived
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.planning import deliver, fail_work, settle
-from flowmesh_scheduler.core.state import Outstanding, Result, Speed, State, Vertex, Work, WorkState
+from flowmesh_scheduler.core.planning import deliver, fail_work, plan_again, settle
+from flowmesh_scheduler.core.state import Node, Outstanding, Result, Speed, State, Vertex, VertexState, Work, WorkState
 
 _RETRIED = frozenset({Reason.CRASHED, Reason.OOM, Reason.TIMEOUT, Reason.INTERNAL})
+_UNFIT = frozenset({Reason.MODEL_MISSING, Reason.UNSATISFIABLE})
+_FAILURES = {reason.value: reason for reason in (*_RETRIED, *_UNFIT, Reason.USER_ERROR, Reason.INPUT_MISSING)}
+"""What a node may say of an attempt. Anything else is its own fault: also a cancellation that nobody asked for."""
+
 _INPUT_MISSES_LIMIT = 5
 
 INLINE_MAX_BYTES = 4096
@@ -27,16 +31,13 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
     """Take the outcomes of one report; what is not open any more is ignored."""
     done = event.done
     outstanding = state.assignments.get(done.assignment)
+    if outstanding is not None and outstanding.node != done.node:
+        return
     tree: list[list[bytes]] = []
+    late: dict[bytes, Work] = {}
     for index, outcome in enumerate(done.outcomes):
         work = state.works.get(outcome.key)
-        is_open = (
-            work is not None
-            and work.state is not WorkState.COMMITTING
-            and work.issued.get(done.assignment) == outcome.attempt
-            and work.generation == outcome.generation
-        )
-        if is_open and work is not None:
+        if work is not None and _is_expected(work, outcome, done):
             if outcome.reason == Reason.SUCCEEDED:
                 if not tree:
                     tree = receipts.levels([receipts.leaf(o) for o in done.outcomes])
@@ -52,42 +53,78 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                     list(receipts.path(tree, index)),
                 )
                 _succeed(state, work, outcome, done, receipt, event.blocks, now_us, out)
+                if work.state is WorkState.COMMITTING:
+                    late[work.key] = work
             elif work.assignment == done.assignment:
                 _forget(outstanding, work)
                 _fail(state, work, outcome, done.node, now_us, out)
         if outstanding is not None:
-            outstanding.running -= 1
-    if outstanding is None:
-        if not tree:
-            _answer_late(state, done, out)
-    else:
-        if done.last or outstanding.running <= 0:
+            _note_answer(state, outstanding, outcome.key)
+    if outstanding is not None:
+        if done.last:
             free_slot(state, outstanding)
+            outstanding.answered_at_us = outstanding.answered_at_us or now_us
         close_if_empty(state, outstanding, out)
+    elif late:
+        _adopt_late(state, done, late, now_us)
+    elif not tree:
+        _answer_late(state, done, out)
+
+
+def _is_expected(work: Work, outcome: Outcome, done: Done) -> bool:
+    """Tell whether this node was given this attempt at this work, and nobody has succeeded before."""
+    return (
+        work.state is not WorkState.COMMITTING
+        and work.issued.get(done.assignment) == (outcome.attempt, done.node)
+        and work.generation == outcome.generation
+    )
+
+
+def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
+    """Note that a node has an assignment; it takes a slot while something of it runs."""
+    state.assignments[outstanding.id] = node.assignments[outstanding.id] = outstanding
+    if outstanding.running:
+        node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
 
 
 def free_slot(state: State, outstanding: Outstanding) -> None:
     """The node has nothing left to run of this assignment: it can take another."""
-    node = state.nodes.get(outstanding.node)
-    if node is not None and outstanding.id in node.assignments:
-        node.assignments.discard(outstanding.id)
-        node.busy[outstanding.executor] -= 1
-    outstanding.running = 0
+    if outstanding.running:
+        outstanding.running.clear()
+        state.nodes[outstanding.node].busy[outstanding.executor] -= 1
+
+
+def _note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:
+    if outstanding.running == {key}:
+        free_slot(state, outstanding)
+    else:
+        outstanding.running.discard(key)
 
 
 def close_if_empty(state: State, outstanding: Outstanding, out: Outbox) -> None:
     """Once every item is committed, failed or taken away, the node may drop the assignment."""
-    if outstanding.open or outstanding.running > 0 or state.assignments.get(outstanding.id) is not outstanding:
+    if outstanding.open or state.assignments.get(outstanding.id) is not outstanding:
         return
-    del state.assignments[outstanding.id]
+    _drop(state, outstanding)
     out.add(Tell(outstanding.node, Commit(state.epoch, outstanding.id, tuple(outstanding.confirmed), closed=True)))
 
 
-def _answer_late(state: State, done: Done, out: Outbox) -> None:
-    """Nobody waits for this report: show the node what the ledger holds, so that it can drop its spool.
+def _drop(state: State, outstanding: Outstanding) -> None:
+    free_slot(state, outstanding)
+    del state.assignments[outstanding.id]
+    state.nodes[outstanding.node].assignments.pop(outstanding.id, None)
 
-    A late success that is only now on its way into the ledger gets no answer: the node offers it again.
-    """
+
+def _adopt_late(state: State, done: Done, works: dict[bytes, Work], now_us: int) -> None:
+    """An assignment that was taken back has succeeded after all: its node keeps it until the ledger shows that."""
+    node = state.nodes.get(done.node)
+    if node is not None:
+        executor = executor_of(next(iter(works.values())))
+        hand_over(state, node, Outstanding(done.assignment, done.node, executor, works, set(), now_us, now_us))
+
+
+def _answer_late(state: State, done: Done, out: Outbox) -> None:
+    """Nobody waits for this report: show the node what the ledger holds, so that it can drop its spool."""
     shown = []
     for outcome in done.outcomes:
         result = state.results.get(outcome.key)
@@ -126,7 +163,7 @@ def _succeed(
         result=outcome.result,
         outputs=outcome.outputs,
         receipt=receipt,
-        origins=origins_of(work.waiters[0]) if work.waiters else [],
+        origins=origins_of(next(iter(work.waiters))),
         models=dict(work.model_digests),
         numeric=done.numeric,
         metered=outcome.metered,
@@ -223,47 +260,55 @@ def speed_key(work: Work) -> tuple[str, str]:
 
 def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, out: Outbox) -> None:
     """Decide what a failed attempt means: look for inputs, try elsewhere, or give up."""
-    reason = outcome.reason
+    reason = _FAILURES.get(outcome.reason, Reason.INTERNAL)
     work.assignment = ""
-    if reason == Reason.CANCELLED:
-        out.queueing.append(work)
-        return
-    work.failures += 1
-    if reason == Reason.INPUT_MISSING and work.failures < _INPUT_MISSES_LIMIT:
+    if reason == Reason.INPUT_MISSING and work.misses < _INPUT_MISSES_LIMIT:
+        work.misses += 1
         for root in outcome.missing:
             state.places.pop(root, None)
         out.queueing.append(work)
         return
-    if reason == Reason.MODEL_MISSING and any(
-        n.is_usable and n.name != node and n.name not in work.avoided and work.operator.type in n.record.types
-        for n in state.nodes.values()
-    ):
-        work.avoided.add(node)
-        out.queueing.append(work)
-        return
-    if reason in _RETRIED and work.failures < work.operator.retry.attempts:
-        work.avoided.add(node)
-        work.not_before_us = now_us + int(work.operator.retry.backoff_s * 2 ** (work.failures - 1) * 1e6)
-        out.queueing.append(work)
-        return
+    if reason in _UNFIT:
+        work.unfit.add(node)
+        if any(n.is_usable and n.name not in work.unfit and can_run(n, work) for n in state.nodes.values()):
+            out.queueing.append(work)
+            return
+    if reason in _RETRIED:
+        work.failures += 1
+        if work.failures < max(v.operator.retry.attempts for v in work.waiters):
+            work.avoided.add(node)
+            work.not_before_us = now_us + int(work.operator.retry.backoff_s * 2 ** (work.failures - 1) * 1e6)
+            out.queueing.append(work)
+            return
     for vertex in work.waiters:
         vertex.attempt, vertex.log = outcome.attempt, outcome.log
     fail_work(state, work, reason, outcome.error, node, out)
+
+
+def can_run(node: Node, work: Work) -> bool:
+    """Tell whether a node has the operator type, the numeric class and the hardware."""
+    record, needs = node.record, work.operator.resources
+    if work.operator.type not in record.types:
+        return False
+    numeric = work.operator.numeric
+    if numeric != "any" and numeric.removeprefix("exact:") not in record.numeric:
+        return False
+    if needs.gpus > len(record.devices) or needs.memory_bytes > record.memory_bytes or needs.cpus > record.cpus:
+        return False
+    return not needs.vram_bytes or any(d.memory_bytes >= needs.vram_bytes for d in record.devices)
 
 
 def on_committed(state: State, event: Committed, out: Outbox) -> None:
     """The ledger shows results: vertices are done, nodes may drop what they kept."""
     touched: dict[str, Outstanding] = {}
     for key, record in event.records:
-        work = state.works.pop(key, None)
-        if work is None or work.pending is None:
+        work = state.works.get(key)
+        if work is None or work.pending is None or work.pending.record != record:
             continue
-        result = work.pending
-        result.record = record
-        state.results[key] = result
+        del state.works[key]
+        result = state.results[key] = work.pending
         for vertex in work.waiters:
-            vertex.record = record
-            settle(state, vertex, result, out)
+            _settle_committed(state, vertex, result, out)
         outstanding = state.assignments.get(work.assignment)
         if outstanding is not None:
             outstanding.open.pop(key, None)
@@ -273,6 +318,19 @@ def on_committed(state: State, event: Committed, out: Outbox) -> None:
         close_if_empty(state, outstanding, out)
 
 
+def _settle_committed(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
+    """Settle a vertex, unless its outputs were lost while the record was being written."""
+    if vertex.outputs is not None:
+        settle(state, vertex, result, out)
+        return
+    vertex.work = None
+    if vertex.run.is_stopped:
+        vertex.reason = vertex.run.reason
+        out.set_state(vertex, VertexState.CANCELLED)
+    else:
+        plan_again(state, vertex, out)
+
+
 def take_away(state: State, work: Work, out: Outbox) -> None:
     """Stop the attempt that runs for this work: its result is not wanted any more."""
     outstanding = state.assignments.get(work.assignment)
@@ -280,16 +338,13 @@ def take_away(state: State, work: Work, out: Outbox) -> None:
     if outstanding is None or outstanding.open.pop(work.key, None) is None:
         return
     out.add(Tell(outstanding.node, Abort(state.epoch, outstanding.id, (work.key,), "no longer needed")))
-    outstanding.running -= 1
-    if outstanding.running <= 0:
-        free_slot(state, outstanding)
+    _note_answer(state, outstanding, work.key)
     close_if_empty(state, outstanding, out)
 
 
 def release(state: State, outstanding: Outstanding, out: Outbox) -> Sequence[Work]:
     """Take a whole assignment back; return the work that was still open."""
-    free_slot(state, outstanding)
-    del state.assignments[outstanding.id]
+    _drop(state, outstanding)
     out.add(Release(outstanding.id, outstanding.node))
     return [w for w in outstanding.open.values() if w.assignment == outstanding.id and w.state is WorkState.ASSIGNED]
 

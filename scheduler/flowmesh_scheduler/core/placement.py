@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heappop
 
+from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.messages import Assignment, Item, Located
 from flowmesh_scheduler.core.commands import Assign
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import executor_of, speed_key
-from flowmesh_scheduler.core.state import Node, Outstanding, State, VertexState, Work, WorkState
+from flowmesh_scheduler.core.outcomes import can_run, executor_of, hand_over, speed_key
+from flowmesh_scheduler.core.state import Node, Outstanding, PoolKey, State, VertexState, Work, WorkState
 
-_KEYS_CONSIDERED = 64
+_QUEUES_CONSIDERED = 64
 _INPUTS_SAMPLED = 16
 _ROUND_TRIP_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A batch key on a node, with the terms of its utility (seconds and dollars)."""
+    """The first of a queue on a node, with the terms of its utility (seconds and dollars)."""
 
-    batch_key: str
+    queue: PoolKey
     node: Node
     count: int
     terms: dict[str, float]
@@ -45,31 +46,39 @@ def place(state: State, now_us: int, out: Outbox) -> None:
 
 
 def _candidates(state: State) -> Iterator[Candidate]:
-    heads: list[tuple[tuple[int, int], str, Work]] = []
+    heads: list[tuple[tuple[int, int], PoolKey, Work]] = []
     for key in list(state.pool):
         head = _head(state, key)
         if head is not None:
             heads.append(((-head.priority, head.order), key, head))
     heads.sort(key=lambda h: h[0])
-    for _, key, head in heads[:_KEYS_CONSIDERED]:
+    considered = 0
+    for _, key, head in heads:
         nodes = feasible(state, head)
         if not nodes:
             continue
         count = batch_size(state, head, len(state.pool[key]), sum(free for _, free in nodes))
         for node, _ in nodes:
             yield Candidate(key, node, count, utility(state, head, count, node))
+        considered += 1
+        if considered == _QUEUES_CONSIDERED:
+            return
 
 
-def _head(state: State, key: str) -> Work | None:
-    """Return the first work of a batch key that still wants a place; forget the others before it."""
+def _head(state: State, key: PoolKey) -> Work | None:
+    """Return the first work of a queue that still wants a place; forget the others before it."""
     heap = state.pool[key]
     while heap:
-        work = heap[0][3]
-        if work.state is WorkState.QUEUED and state.works.get(work.key) is work:
+        _, _, ticket, work = heap[0]
+        if _wants_place(state, work, ticket):
             return work
         heappop(heap)
     del state.pool[key]
     return None
+
+
+def _wants_place(state: State, work: Work, ticket: int) -> bool:
+    return work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work
 
 
 def batch_size(state: State, work: Work, ready: int, free: int) -> int:
@@ -78,6 +87,8 @@ def batch_size(state: State, work: Work, ready: int, free: int) -> int:
     Kinds that queue on a node shrink towards the end, so that all nodes finish together; others are dealt out evenly.
     """
     settings, kind = state.settings, executor_of(work)
+    if not CATALOG[work.operator.type].batches:
+        return 1
     if settings.depth_limit[kind] > 1:
         free = settings.depth_limit[kind] * sum(n.record.slots for n in state.nodes.values() if n.is_usable and can_run(n, work))
     share = -(-ready // max(1, free))
@@ -90,7 +101,7 @@ def feasible(state: State, work: Work) -> list[tuple[Node, int]]:
     """Return the nodes that can run this work now, with their free slots; avoided ones only if there is no other."""
     kind = executor_of(work)
     depth = state.settings.depth_limit[kind]
-    able = [n for n in state.nodes.values() if n.is_usable and can_run(n, work)]
+    able = [n for n in state.nodes.values() if n.is_usable and n.name not in work.unfit and can_run(n, work)]
     wanted = [n for n in able if n.name not in work.avoided] or able
     found = []
     for node in wanted:
@@ -101,19 +112,6 @@ def feasible(state: State, work: Work) -> list[tuple[Node, int]]:
         if free > 0:
             found.append((node, free))
     return found
-
-
-def can_run(node: Node, work: Work) -> bool:
-    """Tell whether a node has the operator type, the numeric class and the hardware."""
-    record, needs = node.record, work.operator.resources
-    if work.operator.type not in record.types:
-        return False
-    numeric = work.operator.numeric
-    if numeric != "any" and numeric.removeprefix("exact:") not in record.numeric:
-        return False
-    if needs.gpus > len(record.devices) or needs.memory_bytes > record.memory_bytes or needs.cpus > record.cpus:
-        return False
-    return not needs.vram_bytes or any(d.memory_bytes >= needs.vram_bytes for d in record.devices)
 
 
 def utility(state: State, work: Work, count: int, node: Node) -> dict[str, float]:
@@ -144,26 +142,15 @@ def utility(state: State, work: Work, count: int, node: Node) -> dict[str, float
 
 
 def _take(state: State, candidate: Candidate) -> list[Work]:
-    """Take up to ``count`` work of the batch key that does not avoid the node (all of it, if only such is there)."""
-    heap = state.pool[candidate.batch_key]
+    """Take up to ``count`` work from a queue."""
+    heap = state.pool[candidate.queue]
     taken: list[Work] = []
-    skipped: list[tuple[int, int, int, Work]] = []
-    name = candidate.node.name
-    first = True
     while heap and len(taken) < candidate.count:
-        entry = heappop(heap)
-        work = entry[3]
-        if work.state is not WorkState.QUEUED or state.works.get(work.key) is not work:
-            continue
-        if not first and name in work.avoided:
-            skipped.append(entry)
-            continue
-        first = False
-        taken.append(work)
-    for entry in skipped:
-        heappush(heap, entry)
+        _, _, ticket, work = heappop(heap)
+        if _wants_place(state, work, ticket):
+            taken.append(work)
     if not heap:
-        del state.pool[candidate.batch_key]
+        del state.pool[candidate.queue]
     return taken
 
 
@@ -183,19 +170,17 @@ def _assign(state: State, candidate: Candidate, now_us: int, out: Outbox) -> Non
         node=node.name,
         type=head.operator.type,
         version=head.operator.version,
-        batch_key=candidate.batch_key,
+        batch_key=head.batch_key,
         items=items,
         models=dict(head.models),
         model_digests=dict(head.model_digests),
         code=None if code is None else Located(code, tuple(state.holders(code.cid))),
-        timeout_s=max(w.operator.timeout_s for w in works),
+        timeout_s=head.timeout_s,
         lease_s=state.settings.lease_s,
         memory_bytes=max(w.operator.resources.memory_bytes for w in works),
         numeric=head.operator.numeric,
     )
-    state.assignments[identity] = Outstanding(identity, node.name, executor, {w.key: w for w in works}, len(works), now_us)
-    node.assignments.add(identity)
-    node.busy[executor] = node.busy.get(executor, 0) + 1
+    hand_over(state, node, Outstanding(identity, node.name, executor, {w.key: w for w in works}, {w.key for w in works}, now_us))
     out.add(Assign(assignment, candidate.terms))
 
 
@@ -203,7 +188,7 @@ def _item(state: State, work: Work, assignment: str, node: str, now_us: int, out
     work.state = WorkState.ASSIGNED
     work.assignment = assignment
     work.attempts += 1
-    work.issued[assignment] = work.attempts
+    work.issued[assignment] = (work.attempts, node)
     for vertex in work.waiters:
         vertex.node, vertex.attempt, vertex.started_at_us = node, work.attempts, now_us
         out.set_state(vertex, VertexState.ASSIGNED)

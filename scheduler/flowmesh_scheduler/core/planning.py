@@ -5,8 +5,10 @@ The planner has no history of its own: a run is its manifest evaluated against r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flowmesh_mesh.identity import batch_key, effect_salt, identity_record, operator_key, private_salt
-from flowmesh_mesh.manifest import Acceptance, Manifest, Ref
+from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref
 from flowmesh_mesh.messages import Reason
 from flowmesh_scheduler.core.commands import Accept
 from flowmesh_scheduler.core.events import Submitted
@@ -42,7 +44,7 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
     if deadlines:
         run.deadline_us = acceptance.accepted_at_us + int(max(deadlines) * 1e6)
     for index, operator in enumerate(manifest.operators):
-        sources = {s.op for port in operator.inputs.values() for s in port if s.op >= 0}
+        sources = sources_of(operator)
         vertex = Vertex(run, index, operator, len(sources))
         vertex.is_private = (
             operator.share == "private"
@@ -58,6 +60,11 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
     out.touched[run.id_pair] = run
     out.entering.extend(v for v in vertices if v.waits_for == 0)
     return run
+
+
+def sources_of(operator: Operator) -> list[int]:
+    """Return the indices of the operators that feed this one, each once."""
+    return list(dict.fromkeys(s.op for port in operator.inputs.values() for s in port if s.op >= 0))
 
 
 def inputs_of(vertex: Vertex) -> dict[str, list[Ref]]:
@@ -102,7 +109,7 @@ def enter(state: State, vertex: Vertex, out: Outbox) -> None:
     out.set_state(vertex, VertexState.READY)
     work = state.works.get(key)
     if work is not None:
-        attach(vertex, work, out)
+        attach(state, vertex, work, out)
         return
     work = _new_work(state, vertex, inputs, digests)
     result = state.results.get(key)
@@ -123,19 +130,34 @@ def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digest
         batch_key(operator, inputs, digests, vertex.key),
         state.take_order(),
         operator.priority,
-        waiters=[vertex],
+        waiters={vertex: None},
+        timeout_s=operator.timeout_s,
     )
+    former, vertex.former = vertex.former, None
+    if former is not None:
+        work.failures, work.nodes_lost = former.failures, former.nodes_lost
+        work.avoided, work.unfit = set(former.avoided), set(former.unfit)
+        if former.key == work.key:
+            work.attempts, work.issued = former.attempts, former.issued
     vertex.work = work
     state.works[vertex.key] = work
     return work
 
 
-def attach(vertex: Vertex, work: Work, out: Outbox) -> None:
-    """Let a vertex wait for work that exists already."""
+def attach(state: State, vertex: Vertex, work: Work, out: Outbox) -> None:
+    """Let a vertex wait for work that exists already; what it may take is the widest of its waiters' limits."""
     vertex.work = work
     vertex.shared = True
-    work.waiters.append(vertex)
-    work.priority = max(work.priority, vertex.operator.priority)
+    vertex.former = None
+    work.waiters[vertex] = None
+    operator = vertex.operator
+    if work.state is WorkState.QUEUED or work.state is WorkState.LOCATING:
+        is_wider = work.timeout_s and (not operator.timeout_s or operator.timeout_s > work.timeout_s)
+        if is_wider or operator.priority > work.priority:
+            work.timeout_s = operator.timeout_s if is_wider else work.timeout_s
+            work.priority = max(work.priority, operator.priority)
+            if work.state is WorkState.QUEUED and not work.not_before_us:
+                out.queueing.append(work)
     if work.state is WorkState.ASSIGNED:
         out.set_state(vertex, VertexState.ASSIGNED)
     elif work.state is WorkState.COMMITTING and work.pending is not None:
@@ -146,18 +168,18 @@ def _ask_for_hit(state: State, work: Work, result: Result, out: Outbox) -> None:
     """A result is known: it counts only once holders of all its outputs have confirmed."""
     work.is_hit = True
     work.previous = result
-    roots = {ref.cid for refs in result.outputs.values() for ref in refs}
+    roots = [ref.cid for refs in result.outputs.values() for ref in refs]
     if roots:
         await_roots(state, work, roots, out)
     else:
         serve_hit(state, work, out)
 
 
-def await_roots(state: State, work: Work, roots: set[bytes], out: Outbox) -> None:
+def await_roots(state: State, work: Work, roots: Sequence[bytes], out: Outbox) -> None:
     """Park work until it is known who holds these roots."""
     work.state = WorkState.LOCATING
     work.awaited = set(roots)
-    for root in roots:
+    for root in dict.fromkeys(roots):
         waiting = state.locating.setdefault(root, [])
         if not waiting:
             out.locate[root] = state.holders(root)
@@ -200,7 +222,7 @@ def settle(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
     out.set_state(vertex, VertexState.DONE)
     if vertex.shared:
         vertex.saved_us = result.exec_us
-        vertex.run.saved_us += result.exec_us
+        vertex.run.saved_us += vertex.saved_us
         state.totals["shared"] += 1
         state.totals["saved_us"] += result.exec_us
     else:
@@ -226,45 +248,67 @@ def fail_vertex(vertex: Vertex, reason: str, error: str, node: str, out: Outbox)
             f"operator {vertex.operator.name}: {error}" if error else f"operator {vertex.operator.name}",
         )
     out.set_state(vertex, VertexState.FAILED)
-    stack = list(run.consumers[vertex.index])
+    _skip(run, run.consumers[vertex.index], vertex, out)
+
+
+def _skip(run: Run, indices: Sequence[int], failed: Vertex, out: Outbox) -> None:
+    """Skip what waits for a vertex that delivers nothing, and everything after it."""
+    stack = list(indices)
     while stack:
         consumer = run.vertices[stack.pop()]
         if consumer.state is VertexState.WAITING:
             consumer.reason = Reason.UPSTREAM_FAILED
-            consumer.error = f"needs {vertex.operator.name}"
+            consumer.error = f"needs {failed.operator.name}"
             out.set_state(consumer, VertexState.SKIPPED)
             stack.extend(run.consumers[consumer.index])
 
 
 def reopen(state: State, vertex: Vertex, out: Outbox) -> None:
-    """The outputs of a finished vertex are lost: it has to be computed again, as the next generation if it differs."""
+    """The outputs of a vertex are lost: whoever holds them still is asked, otherwise it is computed again."""
     vertex.outputs = None
-    vertex.record = b""
     for index in vertex.run.consumers[vertex.index]:
         consumer = vertex.run.vertices[index]
         if consumer.state is VertexState.WAITING:
             consumer.waits_for += 1
-    out.set_state(vertex, VertexState.READY)
     state.totals["repeated"] += 1
-    previous = state.results.pop(vertex.key, None)
-    work = state.works.get(vertex.key)
-    if work is not None:
-        work.waiters.append(vertex)
-        vertex.work = work
-        return
-    inputs = inputs_of(vertex)
-    _, digests = identify(state, vertex, inputs)
-    work = _new_work(state, vertex, inputs, digests)
-    replace_result(work, previous)
-    out.queueing.append(work)
+    vertex.repeats += 1
+    if vertex.work is None:
+        plan_again(state, vertex, out)
 
 
-def replace_result(work: Work, previous: Result | None) -> None:
-    """Make work produce what replaces a lost result."""
+def plan_again(state: State, vertex: Vertex, out: Outbox) -> None:
+    """Let a vertex without outputs find its way once more, as if its run had just begun; unless it was lost too often."""
+    if vertex.shared and vertex.state is VertexState.DONE:
+        vertex.run.saved_us -= vertex.saved_us
+        state.totals["saved_us"] -= vertex.saved_us
+        state.totals["shared"] -= 1
+    vertex.record, vertex.shared, vertex.saved_us = b"", False, 0
+    if vertex.repeats > state.settings.results_lost_limit:
+        fail_vertex(vertex, Reason.INPUT_MISSING, f"its result was lost {vertex.repeats} times", vertex.node, out)
+    else:
+        wait_for_sources(vertex, out)
+
+
+def wait_for_sources(vertex: Vertex, out: Outbox) -> None:
+    """Let a vertex wait for those of its sources that have no outputs; if one of them never will, it is skipped."""
+    run = vertex.run
+    lacking = [source for source in sources_of(vertex.operator) if run.vertices[source].outputs is None]
+    vertex.waits_for = len(lacking)
+    out.set_state(vertex, VertexState.WAITING)
+    for source in lacking:
+        if run.vertices[source].state.is_final:
+            _skip(run, [vertex.index], run.vertices[source], out)
+            return
+    if not lacking:
+        out.entering.append(vertex)
+
+
+def replace_result(work: Work) -> None:
+    """Nobody holds the result that the ledger names: make work produce another, not on the node that lost it."""
+    assert work.previous is not None
     work.is_hit = False
-    work.previous = previous
-    if previous is not None:
-        work.generation = previous.generation + 1
+    work.generation = work.previous.generation + 1
+    work.avoided.add(work.previous.node)
 
 
 def detach(state: State, vertex: Vertex, out: Outbox) -> Work | None:
@@ -272,5 +316,5 @@ def detach(state: State, vertex: Vertex, out: Outbox) -> Work | None:
     work, vertex.work = vertex.work, None
     if work is None:
         return None
-    work.waiters = [w for w in work.waiters if w is not vertex]
+    work.waiters.pop(vertex, None)
     return None if work.waiters else work

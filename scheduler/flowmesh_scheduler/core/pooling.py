@@ -1,46 +1,68 @@
-"""The pool of ready work: by batch key, and in order of priority, then arrival. And who holds what it needs."""
+"""The pool of ready work: queues of what may run in one batch, by priority, then arrival. And who holds what it needs."""
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
 
+from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.messages import Reason
 from flowmesh_scheduler.core.events import Located
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.planning import await_roots, fail_work, reopen, replace_result, serve_hit
-from flowmesh_scheduler.core.state import State, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.planning import (
+    await_roots,
+    fail_vertex,
+    reopen,
+    replace_result,
+    serve_hit,
+    sources_of,
+    wait_for_sources,
+)
+from flowmesh_scheduler.core.state import PoolKey, State, Vertex, VertexState, Work, WorkState
 
 
 def queue(state: State, work: Work, out: Outbox) -> None:
     """Put work into the pool once the holders of its inputs are known."""
-    unknown = {root for root in work.roots() if not state.holders(root)}
+    work.assignment = ""
+    for vertex in work.waiters:
+        out.set_state(vertex, VertexState.READY)
+    unknown = [root for root in work.roots() if not state.holders(root)]
     if unknown:
         await_roots(state, work, unknown, out)
         return
     work.state = WorkState.QUEUED
-    work.assignment = ""
-    for vertex in work.waiters:
-        out.set_state(vertex, VertexState.READY)
     if work.not_before_us:
-        heappush(state.delayed, (work.not_before_us, state.take_order(), work))
-        work.not_before_us = 0
+        work.ticket = state.take_order()
+        heappush(state.delayed, (work.not_before_us, work.ticket, work))
     else:
         push(state, work)
 
 
 def push(state: State, work: Work) -> None:
-    """Make work available to the placement."""
-    heap = state.pool.get(work.batch_key)
-    if heap is None:
-        heap = state.pool[work.batch_key] = []
-    heappush(heap, (-work.priority, work.order, state.take_order(), work))
+    """Make work available to the placement; its earlier place, if it has one, is void."""
+    work.ticket = state.take_order()
+    heappush(state.pool.setdefault(pool_key(work), []), (-work.priority, work.order, work.ticket, work))
+
+
+def pool_key(work: Work) -> PoolKey:
+    """Return the queue of this work: all that decides where and in what company it may run.
+
+    So the first in a queue stands for all of it, and what finds no place holds up only what would find none either.
+    """
+    operator = work.operator
+    if CATALOG[operator.type].batches:
+        kind = work.batch_key
+    else:
+        kind = "|".join([operator.type, operator.numeric, *work.model_digests.values()])
+    avoided, unfit = tuple(sorted(work.avoided)), tuple(sorted(work.unfit))
+    return (kind, operator.resources, work.timeout_s, avoided, unfit)
 
 
 def release_delayed(state: State, now_us: int) -> None:
     """Move work whose pause is over into the pool."""
     while state.delayed and state.delayed[0][0] <= now_us:
-        work = heappop(state.delayed)[2]
-        if state.works.get(work.key) is work and work.state is WorkState.QUEUED:
+        _, ticket, work = heappop(state.delayed)
+        if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
+            work.not_before_us = 0
             push(state, work)
 
 
@@ -49,6 +71,10 @@ def on_located(state: State, event: Located, out: Outbox) -> None:
     settled: dict[bytes, Work] = {}
     for root, holders in event.holders.items():
         state.places[root] = set(holders)
+        for name in holders:
+            node = state.nodes.get(name)
+            if node is not None and node.state != "gone":
+                node.disconnected_at_us = 0
         for work in state.locating.pop(root, ()):
             work.awaited.discard(root)
             if not work.awaited and work.state is WorkState.LOCATING and state.works.get(work.key) is work:
@@ -64,10 +90,10 @@ def _go_on(state: State, work: Work, out: Outbox) -> None:
         if all(state.holders(root) for root in outputs):
             serve_hit(state, work, out)
             return
-        state.results.pop(work.key, None)
-        replace_result(work, work.previous)
+        replace_result(work)
+        first = next(iter(work.waiters))
         for vertex in work.waiters:
-            vertex.shared = vertex is not work.waiters[0]
+            vertex.shared = vertex is not first
         queue(state, work, out)
         return
     missing = {root for root in work.roots() if not state.places.get(root)}
@@ -78,38 +104,28 @@ def _go_on(state: State, work: Work, out: Outbox) -> None:
 
 
 def recover_inputs(state: State, work: Work, missing: set[bytes], out: Outbox) -> None:
-    """Inputs are held by nobody: their producers run again, and whoever waited for this work waits for them."""
+    """Inputs are held by nobody: their producers run again, and whoever waited for this work waits for them.
+
+    Each waiter by itself: the same input may be the author's gift in one run and an operator's result in another.
+    """
     del state.works[work.key]
     for vertex in work.waiters:
-        vertex.work = None
-        producers = _producers(vertex, missing)
-        if producers is None:
-            text = "an input that was given with the workflow is no longer held by anybody"
-            state.works[work.key] = work
-            fail_work(state, work, Reason.INPUT_MISSING, text, "", out)
-            return
-        sources = {s.op for port in vertex.operator.inputs.values() for s in port if s.op >= 0}
-        vertex.waits_for = sum(vertex.run.vertices[s].outputs is None for s in sources)
+        vertex.work, vertex.former = None, work
         vertex.shared = False
-        out.set_state(vertex, VertexState.WAITING)
-        for producer in producers:
-            reopen(state, producer, out)
-        if vertex.waits_for == 0:
-            out.entering.append(vertex)
+        if not missing.isdisjoint(_given(vertex)):
+            text = "an input that was given with the workflow is no longer held by anybody"
+            fail_vertex(vertex, Reason.INPUT_MISSING, text, "", out)
+            continue
+        for index in sources_of(vertex.operator):
+            producer = vertex.run.vertices[index]
+            roots = (ref.cid for refs in (producer.outputs or {}).values() for ref in refs)
+            if not missing.isdisjoint(roots):
+                reopen(state, producer, out)
+        wait_for_sources(vertex, out)
 
 
-def _producers(vertex: Vertex, missing: set[bytes]) -> list[Vertex] | None:
-    """Return the sources of a vertex that made the missing roots; None if one was given by the author."""
-    found: dict[int, Vertex] = {}
-    explained: set[bytes] = set()
-    for sources in vertex.operator.inputs.values():
-        for source in sources:
-            if source.op < 0:
-                continue
-            producer = vertex.run.vertices[source.op]
-            roots = {ref.cid for refs in (producer.outputs or {}).values() for ref in refs}
-            if producer.outputs is None or roots & missing:
-                explained |= roots
-                if producer.outputs is not None:
-                    found[source.op] = producer
-    return list(found.values()) if missing <= explained else None
+def _given(vertex: Vertex) -> list[bytes]:
+    """Return the roots that came with the workflow."""
+    operator = vertex.operator
+    found = [source.ref.cid for sources in operator.inputs.values() for source in sources if source.ref is not None]
+    return found if operator.code is None else [*found, operator.code.cid]

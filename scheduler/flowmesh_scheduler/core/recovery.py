@@ -5,13 +5,14 @@ from __future__ import annotations
 from flowmesh_cas.cid import digest_of
 from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
-from flowmesh_mesh.messages import Assignment
+from flowmesh_mesh.messages import Assignment, Reason
 from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.outcomes import hand_over
 from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
-from flowmesh_scheduler.core.state import Outstanding, Result, Run, State, VertexState, WorkState
+from flowmesh_scheduler.core.state import Outstanding, Result, Run, State, Vertex, VertexState, WorkState
 
 
 def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> None:
@@ -23,8 +24,11 @@ def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> No
             state.results[key] = _result(cid, record)
     for end, acceptance in event.ended:
         state.ended[(end.tenant, end.run)] = (end, acceptance)
+    entering: list[Vertex] = []
     for found in event.runs:
-        _resume(state, found, out)
+        run = _resume(state, found, out)
+        entering.extend(v for v in run.vertices if v.waits_for == 0 and v.state is VertexState.WAITING)
+    out.entering = entering
 
 
 def _result(cid: bytes, record: ResultRecord) -> Result:
@@ -54,15 +58,14 @@ def evaluate(state: State, acceptance: Acceptance, manifest: Manifest, end: RunE
     return run
 
 
-def _resume(state: State, found: RecoveredRun, out: Outbox) -> None:
+def _resume(state: State, found: RecoveredRun, out: Outbox) -> Run:
     """Evaluate a run against the ledger: its own results stand without being asked for again."""
     run = start_run(state, found.acceptance, found.manifest, out)
     _follow_results(state, run, out)
-    out.entering.extend(v for v in run.vertices if v.waits_for == 0 and v.state is VertexState.WAITING)
     if found.cancelled_by:
         run.cancelled_by = found.cancelled_by
-        out.entering.clear()
-        stop(state, run, "cancelled", found.cancelled_by, out)
+        stop(state, run, Reason.CANCELLED, found.cancelled_by, out)
+    return run
 
 
 def _follow_results(state: State, run: Run, out: Outbox) -> None:
@@ -99,11 +102,9 @@ def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> N
         work.assignment = assignment.id
         work.attempts = max(work.attempts, item.attempt)
         work.generation = item.generation
-        work.issued[assignment.id] = item.attempt
+        work.issued[assignment.id] = (item.attempt, assignment.node)
         for vertex in work.waiters:
-            vertex.node = assignment.node
+            vertex.node, vertex.attempt, vertex.started_at_us = assignment.node, item.attempt, now_us
             out.set_state(vertex, VertexState.ASSIGNED)
     open_works = {key: work for key, (work, _) in works.items()}
-    state.assignments[assignment.id] = Outstanding(assignment.id, assignment.node, executor, open_works, len(open_works), now_us)
-    node.assignments.add(assignment.id)
-    node.busy[executor] = node.busy.get(executor, 0) + 1
+    hand_over(state, node, Outstanding(assignment.id, assignment.node, executor, open_works, set(open_works), now_us))

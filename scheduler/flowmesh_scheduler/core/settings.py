@@ -17,6 +17,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     nodes_lost_limit: int = 3
     """An operator that took this many nodes with it is poison: it is not tried again."""
 
+    results_lost_limit: int = 10
+    """An operator whose result was lost this many times in one run is not computed again: somebody claims what he never has."""
+
     batch_limit: dict[str, int] = msgspec.field(
         default_factory=lambda: {"inline": 500, "data": 32, "engine": 16, "train": 1, "user": 8}
     )

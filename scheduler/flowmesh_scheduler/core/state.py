@@ -6,11 +6,12 @@ Classes are plain and slotted: there may be a million vertices.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref, RunEnd
+from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref, Resources, RunEnd
 from flowmesh_mesh.messages import NodeRecord
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core.settings import Settings
@@ -50,7 +51,10 @@ class WorkState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Vertex:
-    """One operator of one run."""
+    """One operator of one run.
+
+    ``repeats`` counts how often its result was lost; ``former`` is the work that ended for want of inputs: its history goes on.
+    """
 
     run: Run
     index: int
@@ -69,6 +73,8 @@ class Vertex:
     attempt: int = 0
     shared: bool = False
     is_private: bool = False
+    repeats: int = 0
+    former: Work | None = None
     saved_us: int = 0
     exec_us: int = 0
     load_us: int = 0
@@ -101,13 +107,22 @@ class Run:
     deadline_us: int = 0
 
     @property
+    def is_stopped(self) -> bool:
+        """Tell whether somebody ended the run before it was settled; who, stands in ``actor``."""
+        return bool(self.actor)
+
+    @property
     def id_pair(self) -> tuple[str, str]:
         return (self.tenant, self.id)
 
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """The execution behind one operator key; every vertex with that key waits for it."""
+    """The execution behind one operator key; every vertex with that key waits for it.
+
+    ``issued`` holds attempt and node by assignment. ``avoided`` nodes are used only if there is no other, ``unfit`` ones never.
+    ``ticket`` is the number of its place in the pool, or in the pause before that; any other place of it is void.
+    """
 
     key: bytes
     operator: Operator
@@ -118,15 +133,19 @@ class Work:
     order: int
     priority: int
     state: WorkState = WorkState.QUEUED
-    waiters: list[Vertex] = field(default_factory=list)
+    waiters: dict[Vertex, None] = field(default_factory=dict)
     generation: int = 0
     attempts: int = 0
     failures: int = 0
+    misses: int = 0
     nodes_lost: int = 0
     avoided: set[str] = field(default_factory=set)
-    issued: dict[str, int] = field(default_factory=dict)
+    unfit: set[str] = field(default_factory=set)
+    issued: dict[str, tuple[int, str]] = field(default_factory=dict)
     assignment: str = ""
     not_before_us: int = 0
+    ticket: int = 0
+    timeout_s: float = 0.0
     awaited: set[bytes] = field(default_factory=set)
     is_hit: bool = False
     previous: Result | None = None
@@ -138,6 +157,10 @@ class Work:
         if self.operator.code is not None:
             found.append(self.operator.code.cid)
         return found
+
+
+PoolKey = tuple[str, Resources, float, tuple[str, ...], tuple[str, ...]]
+"""What work must share to wait in one queue: type, models and options; resources; time limit; nodes avoided; nodes unfit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -157,13 +180,13 @@ class Result:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A node as the leader knows it."""
+    """A node as the leader knows it. ``busy`` counts, by kind of executor, the assignments of which something still runs."""
 
     record: NodeRecord
     last_beat_us: int
     state: str = "active"
     disconnected_at_us: int = 0
-    assignments: set[str] = field(default_factory=set)
+    assignments: dict[str, Outstanding] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
     resident: frozenset[str] = frozenset()
     load: float = 0.0
@@ -181,14 +204,15 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Outstanding:
-    """An assignment on a node: which work is still open."""
+    """An assignment on a node: which work is still open, and of which the node has yet to tell the outcome (``running``)."""
 
     id: str
     node: str
     executor: str
     open: dict[bytes, Work]
-    running: int
+    running: set[bytes]
     assigned_at_us: int
+    answered_at_us: int = 0
     confirmed: list[tuple[bytes, int, bytes]] = field(default_factory=list)
 
 
@@ -209,9 +233,10 @@ class State:
     epoch: int = 0
     runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     ended: dict[tuple[str, str], tuple[RunEnd, Acceptance | None]] = field(default_factory=dict)
+    finished: deque[tuple[str, str]] = field(default_factory=deque)
     works: dict[bytes, Work] = field(default_factory=dict)
     results: dict[bytes, Result] = field(default_factory=dict)
-    pool: dict[str, list[tuple[int, int, int, Work]]] = field(default_factory=dict)
+    pool: dict[PoolKey, list[tuple[int, int, int, Work]]] = field(default_factory=dict)
     delayed: list[tuple[int, int, Work]] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
     assignments: dict[str, Outstanding] = field(default_factory=dict)
@@ -230,8 +255,11 @@ class State:
         return self.next_order
 
     def holders(self, root: bytes) -> list[str]:
-        """Return who is believed to hold a root: usable nodes, and the hub."""
-        return [name for name in self.places.get(root, ()) if name == HUB or self._is_reachable(name)]
+        """Return who is believed to hold a root: reachable nodes, and the hub; in the order of their names."""
+        places = self.places.get(root)
+        if not places:
+            return []
+        return sorted(name for name in places if name == HUB or self._is_reachable(name))
 
     def _is_reachable(self, name: str) -> bool:
         node = self.nodes.get(name)

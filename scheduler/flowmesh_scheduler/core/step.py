@@ -27,7 +27,7 @@ from flowmesh_scheduler.core.events import (
 )
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.placement import place
-from flowmesh_scheduler.core.state import State
+from flowmesh_scheduler.core.state import State, VertexState, WorkState
 
 
 def step(state: State, event: Event, now_us: int) -> list[Command]:
@@ -54,10 +54,11 @@ def _drain(state: State, out: Outbox) -> None:
     while out.entering or out.queueing:
         vertices, out.entering = out.entering, []
         for vertex in vertices:
-            planning.enter(state, vertex, out)
+            if vertex.state is VertexState.WAITING:
+                planning.enter(state, vertex, out)
         works, out.queueing = out.queueing, []
         for work in works:
-            if state.works.get(work.key) is not work:
+            if state.works.get(work.key) is not work or work.state is WorkState.COMMITTING:
                 continue
             if work.waiters:
                 pooling.queue(state, work, out)

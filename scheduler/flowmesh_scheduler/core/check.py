@@ -1,0 +1,218 @@
+"""Every invariant of the scheduler's state, asserted. Tests call it after each step; nothing in the mesh does.
+
+All of them hold between two steps; inside a step they may not. What needs the past (a result never changes) is asserted
+against what :class:`Memory` saw before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.core.ending import outputs_of
+from flowmesh_scheduler.core.pooling import pool_key
+from flowmesh_scheduler.core.state import Node, Outstanding, Run, State, Vertex, VertexState, Work, WorkState
+
+_LIVE = (VertexState.READY, VertexState.ASSIGNED)
+_ENDED_BADLY = (VertexState.FAILED, VertexState.SKIPPED, VertexState.CANCELLED)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What earlier checks saw: results by (key, generation), ends by run."""
+
+    records: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
+    generations: dict[bytes, int] = field(default_factory=dict)
+    ends: dict[tuple[str, str], object] = field(default_factory=dict)
+
+    def check(self, state: State) -> None:
+        """Assert that nothing which was final has changed.
+
+        Invariant: a committed result keeps its record; the generation that is served for a key never falls.
+        Invariant: a run that has ended keeps its end.
+        """
+        for key, result in state.results.items():
+            known = self.records.setdefault((key, result.generation), result.record)
+            assert known == result.record, f"result {key.hex()} generation {result.generation} changed"
+            assert result.generation >= self.generations.get(key, 0), f"result {key.hex()} went back"
+            self.generations[key] = result.generation
+        for pair, run in state.runs.items():
+            if run.end is not None:
+                assert self.ends.setdefault(pair, run.end) == run.end, f"run {pair} ended twice"
+
+
+def check(state: State) -> None:
+    """Raise AssertionError where the state breaks an invariant; it must be called between steps."""
+    for pair, run in state.runs.items():
+        assert run.id_pair == pair
+        _check_run(state, run)
+    for key, work in state.works.items():
+        assert work.key == key
+        _check_work(state, work)
+    for identity, outstanding in state.assignments.items():
+        assert outstanding.id == identity
+        _check_outstanding(state, outstanding)
+    for name, node in state.nodes.items():
+        assert node.name == name
+        _check_node(state, node)
+    _check_pool(state)
+    _check_places(state)
+
+
+def _check_run(state: State, run: Run) -> None:
+    """Assert what holds of a run.
+
+    Invariant: the counts of a run are the states of its vertices, and ``unfinished`` those that are not final.
+    Invariant: a run ends exactly when nothing of it is unfinished, with a reason and an actor; until then, a run in which
+    everything is done waits for the hub to hold its outputs.
+    Invariant: a run that succeeded has every vertex done and every declared output.
+    """
+    counts = Counter(v.state.value for v in run.vertices)
+    assert {k: n for k, n in run.counts.items() if n} == dict(counts), f"{run.id}: {run.counts} is not {counts}"
+    assert run.unfinished == sum(not v.state.is_final for v in run.vertices)
+    assert not run.changes, "changes are told at the end of each step"
+    for vertex in run.vertices:
+        assert vertex.run is run
+        assert run.vertices[vertex.index] is vertex
+        _check_vertex(state, vertex)
+    if run.end is None:
+        assert run.unfinished or run.keeping, f"{run.id} has nothing to wait for and does not end"
+        return
+    assert run.unfinished == 0
+    assert run.end.reason
+    assert run.end.actor
+    assert run.end.counts == dict(counts)
+    if run.end.reason == "succeeded":
+        assert counts == {"done": len(run.vertices)} or not run.vertices
+        assert set(outputs_of(run)) == set(run.manifest.outputs)
+
+
+def _check_vertex(state: State, vertex: Vertex) -> None:
+    """Assert what holds of a vertex.
+
+    Invariant: a WAITING vertex has no work and waits for exactly its sources without outputs; there is one that may still deliver.
+    Invariant: a READY or ASSIGNED vertex waits for the one work of its key; ASSIGNED only while that runs or is being committed.
+    Invariant: a DONE vertex has outputs and a ledger record; the ledger knows its key.
+    Invariant: a vertex that ended otherwise has a reason. No final vertex waits for work.
+    """
+    where = f"{vertex.run.id}/{vertex.operator.name} ({vertex.state.value})"
+    work = vertex.work
+    if vertex.state is VertexState.WAITING:
+        indices = {s.op for port in vertex.operator.inputs.values() for s in port if s.op >= 0}
+        missing = [v for v in (vertex.run.vertices[i] for i in indices) if v.outputs is None]
+        assert work is None, f"{where} has work"
+        assert vertex.waits_for == len(missing), f"{where} waits for {vertex.waits_for}, not {len(missing)}"
+        assert missing, f"{where} waits for nothing"
+        assert all(not v.state.is_final for v in missing), f"{where} waits for what has ended"
+    elif vertex.state in _LIVE:
+        assert work is not None, f"{where} has no work"
+        assert state.works.get(vertex.key) is work, f"{where} waits for work that is not known"
+        assert vertex in work.waiters, f"{where} is no waiter of its work"
+        if vertex.state is VertexState.ASSIGNED:
+            assert work.state in (WorkState.ASSIGNED, WorkState.COMMITTING), f"{where} but its work is {work.state.value}"
+        else:
+            assert work.state is not WorkState.ASSIGNED, f"{where} but its work runs"
+    elif vertex.state is VertexState.DONE:
+        assert work is None, where
+        assert vertex.outputs is not None, f"{where} has no outputs"
+        assert vertex.record, f"{where} has no record"
+        assert state.results[vertex.key].generation >= vertex.generation
+    else:
+        assert vertex.state in _ENDED_BADLY
+        assert work is None, where
+        assert vertex.reason, f"{where} has no reason"
+
+
+def _check_work(state: State, work: Work) -> None:
+    """Assert what holds of work.
+
+    Invariant: somebody waits for it, nobody twice, and all of them by its key.
+    Invariant: QUEUED work is in the pool or paused; LOCATING work awaits an answer that is asked for.
+    Invariant: ASSIGNED work is open in exactly the assignment that it names, on a node that is not gone.
+    Invariant: COMMITTING work has a pending result of its generation.
+    Invariant: what replaces a lost result has the next generation.
+    """
+    where = f"work {work.operator.name} ({work.state.value})"
+    assert work.waiters, f"{where} has no waiter"
+    for vertex in work.waiters:
+        assert vertex.work is work
+        assert vertex.key == work.key
+        assert not vertex.state.is_final
+    if work.state is WorkState.LOCATING:
+        assert work.awaited, f"{where} awaits nothing"
+        assert all(any(w is work for w in state.locating.get(root, ())) for root in work.awaited), where
+    elif work.state is WorkState.QUEUED:
+        assert _is_queued(state, work), f"{where} is in no queue"
+    elif work.state is WorkState.ASSIGNED:
+        outstanding = state.assignments.get(work.assignment)
+        assert outstanding is not None, f"{where} names no assignment"
+        assert outstanding.open.get(work.key) is work, where
+        assert work.issued[work.assignment] == (work.attempts, outstanding.node), where
+        assert state.nodes[outstanding.node].state != "gone", f"{where} on a node that is gone"
+    else:
+        assert work.pending is not None
+        assert work.pending.generation == work.generation
+    if work.state in (WorkState.LOCATING, WorkState.QUEUED):
+        assert not work.assignment, f"{where} names an assignment"
+    if not work.is_hit:
+        assert work.generation == (0 if work.previous is None else work.previous.generation + 1), where
+
+
+def _is_queued(state: State, work: Work) -> bool:
+    if any(entry[2] is work and entry[1] == work.ticket for entry in state.delayed):
+        return bool(work.not_before_us)
+    heap = state.pool.get(pool_key(work), [])
+    return any(entry[3] is work and entry[2] == work.ticket for entry in heap)
+
+
+def _check_outstanding(state: State, outstanding: Outstanding) -> None:
+    """Assert what holds of an assignment.
+
+    Invariant: something of it is open, all of that is known work which names it, and it is listed by its node.
+    Invariant: what still runs is open.
+    """
+    assert outstanding.open, f"assignment {outstanding.id} has nothing open"
+    for key, work in outstanding.open.items():
+        assert state.works.get(key) is work
+        assert work.assignment == outstanding.id
+        assert work.state in (WorkState.ASSIGNED, WorkState.COMMITTING)
+    assert outstanding.running <= outstanding.open.keys()
+    assert state.nodes[outstanding.node].assignments.get(outstanding.id) is outstanding
+
+
+def _check_node(state: State, node: Node) -> None:
+    """Assert what holds of a node.
+
+    Invariant: a node lists exactly the assignments that name it, and is busy with those of which something runs.
+    Invariant: nothing is outstanding on a node that is gone, except results that it delivered late.
+    """
+    here = {o.id for o in state.assignments.values() if o.node == node.name}
+    assert set(node.assignments) == here, f"node {node.name} lists {set(node.assignments)}, not {here}"
+    busy = Counter(o.executor for o in node.assignments.values() if o.running)
+    assert {k: n for k, n in node.busy.items() if n} == dict(busy), f"node {node.name} is busy {node.busy}, not {busy}"
+    if node.state == "gone":
+        assert not busy
+
+
+def _check_pool(state: State) -> None:
+    """Assert what holds of the pool.
+
+    Invariant: no heap is empty; what is live in a heap agrees in everything that decides where it may run.
+    """
+    for key, heap in state.pool.items():
+        assert heap
+        for index, (_, _, ticket, work) in enumerate(heap):
+            assert index == 0 or heap[(index - 1) // 2][:3] <= heap[index][:3]
+            if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
+                assert pool_key(work) == key, f"{work.operator.name} is in the wrong queue"
+
+
+def _check_places(state: State) -> None:
+    """Assert that only nodes and the hub are believed to hold anything.
+
+    Invariant: ``places`` names known nodes and the hub; ``locating`` holds only questions that are asked.
+    """
+    for holders in state.places.values():
+        assert all(name == HUB or name in state.nodes for name in holders)
+    assert all(state.locating.values())
