@@ -25,6 +25,7 @@ class Reports:
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
         self._passed = 0
+        self._sought: set[str] = set()
 
     async def listen(self) -> list[Subscription | Pull]:
         """Subscribe to what nodes publish."""
@@ -54,12 +55,24 @@ class Reports:
 
     def _on_beat(self, delivery: Delivery) -> None:
         beat = read(delivery.subject, delivery.data, Beat)
-        if beat is not None and delivery.subject == subjects.node_beat(beat.node):
-            self._leader.apply(e.BeatReceived(beat))
+        if beat is None or delivery.subject != subjects.node_beat(beat.node):
+            return
+        if beat.node not in self._leader.state.nodes and beat.node not in self._sought:
+            self._sought.add(beat.node)
+            self._leader.spawn(self._seek(beat.node))
+        self._leader.apply(e.BeatReceived(beat))
+
+    async def _seek(self, node: str) -> None:
+        """A node beats that is not known: its record must be in the stream."""
+        found = await self._leader.bus.last_message(subjects.NODES, subjects.node_record(node))
+        record = read(found.subject, found.data, NodeRecord) if found is not None else None
+        self._sought.discard(node)
+        if record is not None:
+            await self.join(record)
 
     def _on_node_record(self, delivery: Delivery) -> None:
         record = read(delivery.subject, delivery.data, NodeRecord)
-        if record is not None and delivery.subject == subjects.node_record(record.node) and self._leader.is_ready:
+        if record is not None and delivery.subject == subjects.node_record(record.node):
             self._leader.spawn(self.join(record))
 
     async def join(self, record: NodeRecord) -> None:
