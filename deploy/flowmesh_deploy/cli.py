@@ -125,24 +125,28 @@ def _tell(layout: Layout, status: dict[str, Any], *, was_up: bool, as_json: bool
         document = {"mesh": context["mesh"], "was_up": was_up, "context": str(layout.context), "urls": context["urls"]}
         print(json.dumps({**document, "nodes": names, "tenants": list(context["tenants"])}))
         return
-    option = "" if layout.folder.name == ".flowmesh" else f" --context {layout.context}"
     already = "already " if was_up else ""
     print(f"mesh {context['mesh']} is {already}up at {context['urls'][0]}, with {', '.join(names) or 'no nodes'}")
     print(f"tenants {', '.join(context['tenants'])}; logs in {layout.logs}")
     print("next:")
+    is_found = _is_found(layout)
+    if not is_found:
+        print(f"  export FLOWMESH_CONTEXT={layout.context}")
     for command, purpose in (
         ("validate workflow.yaml", "check a workflow"),
         ("submit workflow.yaml --watch", "run it and follow it"),
         ("status", "leader, nodes, queues, runs"),
         ("watch RUN", "follow a run"),
-        ("down", "stop the mesh"),
+        ("down" if is_found else f"down --dir {layout.folder}", "stop the mesh"),
     ):
-        place = option
-        if option and command == "down":
-            place = f" --dir {layout.folder}"
-        elif command.startswith("validate"):
-            place = ""
-        print(f"  {f'flowmesh {command}{place}':<42} {purpose}")
+        print(f"  {f'flowmesh {command}':<40} {purpose}")
+
+
+def _is_found(layout: Layout) -> bool:
+    """Tell whether commands typed here find this mesh, and `down` too, without being told where it is."""
+    from pathlib import Path
+
+    return layout.folder == Path(DEFAULT_FOLDER).absolute()
 
 
 def _exit_on_terminate() -> None:

@@ -157,7 +157,8 @@ class _Start:
             if is_lost or (name == "scheduler" and record["failures"] >= _SCHEDULER_FAILURES):
                 raise TransientError(f"{name} ended with status {record['status']}\n{last_lines(self.layout, name)}", hint=hint)
         if time.monotonic() > self.deadline:
-            raise TransientError(f"the mesh is not ready after {self.timeout_s:g} s: {missing}", hint=hint)
+            words = last_lines(self.layout, "scheduler", 4)
+            raise TransientError(f"the mesh is not ready after {self.timeout_s:g} s: {missing}\n{words}".rstrip(), hint=hint)
         return state
 
 

@@ -147,8 +147,6 @@ class Bus(StreamApi):
             reconnected_cb=bus._reconnected,
             error_cb=bus._report,
         )
-        bus._request_prefix = f"{bus._inbox}.r."
-        connection.listen(f"{bus._request_prefix}*", bus._answer)
         bus._is_up.set()
         return bus
 
@@ -283,6 +281,9 @@ class Bus(StreamApi):
     ) -> tuple[bytes, bytes | None]:
         if not self.connected:
             await self._wait_up(timeout_s)
+        if not self._request_prefix:  # only now: some roles may not ask, and have no inbox
+            self._request_prefix = f"{self._inbox}.r."
+            self.connection.listen(f"{self._request_prefix}*", self._answer)
         self._request_count += 1
         token = str(self._request_count)
         future: asyncio.Future[tuple[bytes, bytes | None]] = self._loop.create_future()

@@ -310,7 +310,6 @@ async def test_the_watcher_sees_who_comes_and_goes_and_nothing_else(played: Play
         faults.append(str(error))
 
     watcher = await played.mesh.watcher(on_error=note)
-    faults.clear()
     for kind in ("CONNECT", "DISCONNECT"):
         await watcher.subscribe(f"$SYS.ACCOUNT.*.{kind}", see)
     await watcher.flush()
@@ -321,6 +320,7 @@ async def test_the_watcher_sees_who_comes_and_goes_and_nothing_else(played: Play
     node.connection._transport._io_writer.transport.abort()
     assert await asyncio.wait_for(events.get(), 3) == ("DISCONNECT", mesh, "n3")
     assert time.monotonic() - began < 1
+    assert faults == [], "connecting asks for no right that the role lacks"
     for subject in ("$SYS.>", "$SYS.ACCOUNT.*.SERVER.CONNS", "$SYS.SERVER.>", ">", "_INBOX.>"):
         faults.clear()
         await watcher.subscribe(subject, lambda _: None)
