@@ -71,8 +71,6 @@ def join(
         folder=(folder or default_folder(joined.node)).absolute(),
         slots=slots,
         user_slots=max(1, int(found.cpus)),
-        site=found.site,
-        price_per_hour=found.price_per_hour,
         drain_s=drain_s,
         allow_hub=allow_hub,
     )

@@ -61,7 +61,7 @@ class Executor:
         ours, theirs = socket.socketpair()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "flowmesh_node.process", str(theirs.fileno()), str(os.getpid()), self.kind,
+                sys.executable, "-P", "-m", "flowmesh_node.process", str(theirs.fileno()), str(os.getpid()), self.kind,
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,

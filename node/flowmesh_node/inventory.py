@@ -141,14 +141,27 @@ def find_gpus(environment: Mapping[str, str] = os.environ) -> tuple[tuple[Device
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
         if "SIMULATED" in driver and not environment.get("FLOWMESH_ALLOW_SIMULATED"):
             return (), f"no GPUs: the driver {driver} is a simulation, which is not advertised"
-        found = [_device(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found, lost = _devices(pynvml)
     except pynvml.NVMLError as error:
         return (), f"no GPUs: NVML failed ({error})"
     finally:
         pynvml.nvmlShutdown()
     devices = _visible(found, environment.get("CUDA_VISIBLE_DEVICES"))
     names = ", ".join(f"{device.name} {device.memory_bytes / 2**30:.0f} GiB" for device in devices)
-    return devices, f"{len(devices)} GPUs: {names} (driver {driver})" if devices else "no GPUs are visible to this process"
+    note = f"{len(devices)} GPUs: {names} (driver {driver})" if devices else "no GPUs are visible to this process"
+    return devices, "; ".join([note, *lost])
+
+
+def _devices(pynvml: Any) -> tuple[list[Device], list[str]]:
+    """Return the GPUs that answer, and a sentence about each that does not."""
+    found: list[Device] = []
+    lost: list[str] = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        try:
+            found.append(_device(pynvml, index))
+        except pynvml.NVMLError as error:
+            lost.append(f"GPU {index} does not answer: {error}")
+    return found, lost
 
 
 def _device(pynvml: Any, index: int) -> Device:

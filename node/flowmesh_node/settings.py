@@ -34,8 +34,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Engine and training batches at the same time."""
     user_slots: int = 1
     """User functions at the same time; the number of CPUs by default."""
-    site: str = ""
-    price_per_hour: float = 0.0
     drain_s: float = 10.0
     """How long SIGTERM waits for what is running."""
     connect_s: float = 60.0
@@ -48,8 +46,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Largest size of the materialised inputs; the least recently used go first."""
     allow_hub: bool = False
     """Whether executors may download from the Hugging Face hub."""
-    trace: bool = False
-    """Whether to print every assignment."""
 
 
 def read_join_file(path: Path) -> JoinFile:

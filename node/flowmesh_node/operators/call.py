@@ -94,7 +94,7 @@ def _called(item: Item, folder: Path, batch: Batch, log: Log) -> Content:
     )
     (folder / "request.json").write_bytes(msgspec.json.encode(request))
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "flowmesh_node.function", str(folder)],
+        [sys.executable, "-P", "-u", "-m", "flowmesh_node.function", str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
