@@ -91,7 +91,7 @@ def _check_run(state: State, run: Run) -> None:
 def _check_vertex(state: State, vertex: Vertex) -> None:
     """Assert what holds of a vertex.
 
-    Invariant: a WAITING vertex has no work and waits for exactly its sources without outputs; there is one that may still deliver.
+    Invariant: a WAITING vertex has no work and waits for exactly its sources without outputs; all of them may still deliver.
     Invariant: a READY or ASSIGNED vertex waits for the one work of its key; ASSIGNED only while that runs or is being committed.
     Invariant: a DONE vertex has outputs and a ledger record; the ledger knows its key.
     Invariant: a vertex that ended otherwise has a reason. No final vertex waits for work.
@@ -148,7 +148,9 @@ def _check_work(state: State, work: Work) -> None:
         outstanding = state.assignments.get(work.assignment)
         assert outstanding is not None, f"{where} names no assignment"
         assert outstanding.open.get(work.key) is work, where
-        assert work.issued[work.assignment] == (work.attempts, outstanding.node), where
+        attempt, node = work.issued[work.assignment]
+        assert 0 < attempt <= work.attempts, where
+        assert node == outstanding.node, where
         assert state.nodes[outstanding.node].state != "gone", f"{where} on a node that is gone"
     else:
         assert work.pending is not None

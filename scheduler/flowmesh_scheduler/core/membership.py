@@ -5,11 +5,12 @@ from __future__ import annotations
 from flowmesh_mesh.messages import Beat, Commit, NodeRecord, Reason
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import close_if_empty, release
+from flowmesh_scheduler.core.outcomes import adopt, release
 from flowmesh_scheduler.core.planning import fail_work
-from flowmesh_scheduler.core.state import Node, Outstanding, State, WorkState
+from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, WorkState
 
 _CHEAP = frozenset({"inline", "data"})
+_TAKEN_BACK_LIMIT = 10_000
 
 
 def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> None:
@@ -50,7 +51,7 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     node.load, node.running, node.memory_free_bytes = beat.load, beat.running, beat.memory_free_bytes
     held = dict.fromkeys(beat.held)
     for assignment in held:
-        if assignment not in state.assignments:
+        if assignment not in state.assignments and not _give_back(state, node, assignment, now_us, out):
             out.add(Tell(beat.node, Commit(state.epoch, assignment, (), closed=True)))
     lost_after_us = now_us - int(state.settings.lease_s * 1e6)
     for outstanding in list(node.assignments.values()):
@@ -62,6 +63,29 @@ def _is_forgotten(outstanding: Outstanding, is_held: bool, lost_after_us: int) -
     """Tell whether work waits on a node that does not hold it, or that has said its last word without a word on it."""
     since_us = outstanding.answered_at_us if is_held else outstanding.assigned_at_us
     return 0 < since_us < lost_after_us and any(w.state is WorkState.ASSIGNED for w in outstanding.open.values())
+
+
+def _give_back(state: State, node: Node, assignment: str, now_us: int, out: Outbox) -> bool:
+    """Let a node that was silent go on with what it holds; tell whether that is still wanted.
+
+    What nobody else runs is the node's again. What runs elsewhere too is decided by the first result. An agent that started
+    again has only results to offer: these are taken when they come.
+    """
+    taken = state.taken_back.get(assignment)
+    if taken is None or taken.node != node.name:
+        return False
+    wanted = [w for key in taken.keys if (w := state.works.get(key)) is not None and assignment in w.issued]
+    if not wanted:
+        del state.taken_back[assignment]
+        return False
+    idle = [w for w in wanted if w.state in (WorkState.QUEUED, WorkState.LOCATING)]
+    if idle and taken.started_at_us == node.record.started_at_us:
+        del state.taken_back[assignment]
+        if taken.counts_as_loss:
+            for work in idle:
+                work.nodes_lost -= 1
+        adopt(state, node, assignment, {w: w.issued[assignment][0] for w in idle}, now_us, out)
+    return True
 
 
 def on_disconnected(state: State, name: str, now_us: int) -> None:
@@ -100,7 +124,12 @@ def _take_back(state: State, node: Node, out: Outbox, *, counts_as_loss: bool) -
 
 
 def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_loss: bool) -> None:
-    for work in release(state, outstanding, out):
+    works = release(state, outstanding, out)
+    life = state.nodes[outstanding.node].record.started_at_us
+    state.taken_back[outstanding.id] = TakenBack(outstanding.node, life, tuple(w.key for w in works), counts_as_loss)
+    if len(state.taken_back) > _TAKEN_BACK_LIMIT:
+        del state.taken_back[next(iter(state.taken_back))]
+    for work in works:
         work.assignment = ""
         work.avoided.add(outstanding.node)
         if counts_as_loss:
@@ -119,6 +148,3 @@ def restore_leases(state: State, now_us: int) -> None:
         if node.state != "gone":
             node.last_beat_us = now_us
             node.disconnected_at_us = node.disconnected_at_us and now_us
-
-
-__all__ = ["close_if_empty", "lose", "on_beat", "on_disconnected", "on_joined", "restore_leases", "watch_leases"]

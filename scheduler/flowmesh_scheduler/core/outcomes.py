@@ -87,6 +87,22 @@ def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
         node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
 
 
+def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int], now_us: int, out: Outbox) -> None:
+    """Let work go on in an assignment that its node has in hand; ``attempts`` tells which attempt each is."""
+    for work, attempt in attempts.items():
+        work.state = WorkState.ASSIGNED
+        work.assignment = assignment
+        work.not_before_us = 0
+        work.attempts = max(work.attempts, attempt)
+        work.issued[assignment] = (attempt, node.name)
+        for vertex in work.waiters:
+            vertex.node, vertex.attempt, vertex.started_at_us = node.name, attempt, now_us
+            out.set_state(vertex, VertexState.ASSIGNED)
+    executor = executor_of(next(iter(attempts)))
+    works = {work.key: work for work in attempts}
+    hand_over(state, node, Outstanding(assignment, node.name, executor, works, set(works), now_us))
+
+
 def free_slot(state: State, outstanding: Outstanding) -> None:
     """The node has nothing left to run of this assignment: it can take another."""
     if outstanding.running:

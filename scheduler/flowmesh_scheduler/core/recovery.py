@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from flowmesh_cas.cid import digest_of
-from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
 from flowmesh_mesh.messages import Assignment, Reason
 from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import hand_over
+from flowmesh_scheduler.core.outcomes import adopt
 from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
-from flowmesh_scheduler.core.state import Outstanding, Result, Run, State, Vertex, VertexState, WorkState
+from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
 
 
 def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> None:
@@ -88,23 +87,14 @@ def _follow_results(state: State, run: Run, out: Outbox) -> None:
 def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> None:
     """An assignment of an earlier epoch goes on where its node is known; otherwise it is released."""
     node = state.nodes.get(assignment.node)
-    works = {}
+    attempts: dict[Work, int] = {}
     for item in assignment.items:
         work = state.works.get(item.key)
-        if work is not None and work.state in (WorkState.QUEUED, WorkState.LOCATING) and not work.is_hit:
-            works[item.key] = (work, item)
-    if node is None or not works:
+        if work is None or work.is_hit or work.generation != item.generation:
+            continue
+        if work.state in (WorkState.QUEUED, WorkState.LOCATING):
+            attempts[work] = item.attempt
+    if node is None or not attempts:
         out.add(Release(assignment.id, assignment.node))
-        return
-    executor = CATALOG[assignment.type].executor
-    for work, item in works.values():
-        work.state = WorkState.ASSIGNED
-        work.assignment = assignment.id
-        work.attempts = max(work.attempts, item.attempt)
-        work.generation = item.generation
-        work.issued[assignment.id] = (item.attempt, assignment.node)
-        for vertex in work.waiters:
-            vertex.node, vertex.attempt, vertex.started_at_us = assignment.node, item.attempt, now_us
-            out.set_state(vertex, VertexState.ASSIGNED)
-    open_works = {key: work for key, (work, _) in works.items()}
-    hand_over(state, node, Outstanding(assignment.id, assignment.node, executor, open_works, set(open_works), now_us))
+    else:
+        adopt(state, node, assignment.id, attempts, now_us, out)

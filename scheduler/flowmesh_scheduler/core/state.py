@@ -216,6 +216,16 @@ class Outstanding:
     confirmed: list[tuple[bytes, int, bytes]] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
+class TakenBack:
+    """An assignment that its node may still be working on although it was taken back: the node was silent, not dead."""
+
+    node: str
+    started_at_us: int
+    keys: tuple[bytes, ...]
+    counts_as_loss: bool
+
+
 @dataclass(slots=True)
 class Speed:
     """What was measured of one (type, model): smoothed seconds per operator and per load."""
@@ -240,6 +250,7 @@ class State:
     delayed: list[tuple[int, int, Work]] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
     assignments: dict[str, Outstanding] = field(default_factory=dict)
+    taken_back: dict[str, TakenBack] = field(default_factory=dict)
     places: dict[bytes, set[str]] = field(default_factory=dict)
     locating: dict[bytes, list[Work]] = field(default_factory=dict)
     speeds: dict[tuple[str, str], Speed] = field(default_factory=dict)
