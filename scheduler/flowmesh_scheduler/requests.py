@@ -189,13 +189,14 @@ class Requests:
 
     def _repeat(self, pair: tuple[str, str]) -> None:
         """A run is submitted again: say where it stands."""
-        run = self._leader.state.runs.get(pair)
-        feed = self._leader.feeds.feed(*pair, run.acceptance.encoding if run else "msgpack")
+        state, feeds = self._leader.state, self._leader.feeds
+        run = state.runs.get(pair)
+        end = run.end if run is not None else state.ended[pair][0]
+        feed = feeds.feed(*pair, run.acceptance.encoding if run is not None else "msgpack")
         if run is not None:
-            self._leader.feeds.send(feed, "accepted", {"name": run.manifest.name, "operators": len(run.vertices)})
-        ended = self._leader.state.ended.get(pair)
-        if ended is not None:
-            self._leader.feeds.send(feed, "ended", asks.plain_end(ended[0]))
+            feeds.send(feed, "accepted", {"name": run.manifest.name, "operators": len(run.vertices)})
+        if end is not None:
+            feeds.send(feed, "ended", asks.plain_end(end))
 
     def _cancel(self, tenant: str, data: bytes) -> None:
         try:
