@@ -27,14 +27,19 @@ def identity_record(
     """Return the DAG-CBOR identity of an operator whose inputs are known.
 
     ``inputs`` maps ports to contents, in the order of the port; a content enters by digest and size only, so the chunker
-    and the place do not change the key. ``model_digests`` maps roles to pinned digests. ``salt`` separates what must
+    and the place do not change the key. ``model_digests`` maps roles to pinned digests, which stand for the references: the same
+    weights by another name are the same model. ``salt`` separates what must
     not be shared (a tenant's private work, one run's effects).
     """
+    params = operator.params
+    if model_digests:
+        named = operator_type(operator.type).models.values()
+        params = {name: value for name, value in params.items() if name not in named}
     record: dict[str, Any] = {
         "v": IDENTITY_VERSION,
         "type": operator.type,
         "version": operator.version,
-        "params": operator.params,
+        "params": params,
         "inputs": {port: [[ref.digest, ref.size] for ref in refs] for port, refs in inputs.items()},
         "numeric": operator.numeric,
     }
