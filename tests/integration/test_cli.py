@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from flowmesh_deploy.embedded import EmbeddedMesh, embedded_mesh
+from flowmesh_mesh import sync
 
 COMMAND = str(Path(sys.executable).with_name("flowmesh"))
 WORKFLOW = """\
@@ -121,6 +123,36 @@ def test_every_cid_that_the_lineage_names_can_be_fetched_and_verifies(shell: She
     assert "people (data.load)" in shell.run("lineage", run).stdout
 
 
+def test_an_input_of_several_megabytes_is_put_first_and_comes_back_whole(shell: Shell, tmp_path: Path) -> None:
+    lines = [json.dumps({"name": f"person {number}", "age": number % 90}) for number in range(100_000)]
+    (tmp_path / "people.jsonl").write_text("\n".join(lines) + "\n")
+    document = shell.json("submit", "w.yaml", "--watch")
+    assert document["state"] == "succeeded"
+    (rows,) = document["outputs"]["adults"]
+    assert rows["rows"] == sum(number % 90 >= 18 for number in range(100_000))
+    (given,) = shell.json("lineage", document["run"])["inputs"]
+    (path,) = shell.json("get", given, "-o", "back")["files"]
+    assert (tmp_path / path).read_bytes() == (tmp_path / "people.jsonl").read_bytes()
+    shell.json("get", document["run"], "-o", "back")
+    with (tmp_path / "back/adults.jsonl").open() as table:
+        assert sum(1 for _ in table) == rows["rows"]
+
+
+def test_the_synchronous_twin_works_on_a_mesh(mesh: EmbeddedMesh) -> None:
+    workflow = {
+        "apiVersion": "flowmesh/v1",
+        "name": "twin",
+        "operators": {"a": {"type": "flow.noop", "with": {"nonce": 5, "bytes": 10}}},
+        "outputs": {"out": "a.out"},
+    }
+    with sync.connect(mesh, "team-a") as client:
+        run = client.submit(workflow)
+        results = run.result(timeout_s=30)
+        assert len(results["out"].value()) == 8
+        assert run.operator("a")["state"] == "done"
+        assert run.id in [row["run"] for row in client.runs()]
+
+
 def test_the_mesh_and_its_runs_are_shown(shell: Shell) -> None:
     run = shell.json("submit", "w.yaml")["run"]
     assert run in [row["run"] for row in shell.json("ls")]
@@ -196,6 +228,13 @@ def test_ctrl_c_leaves_the_run_alone(shell: Shell) -> None:
     shell.json("cancel", "left-alone")
 
 
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
+
+
 def test_a_run_is_drawn_live_on_a_terminal(shell: Shell) -> None:
     ours, theirs = pty.openpty()
     environment = {**shell.environment, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
@@ -209,13 +248,12 @@ def test_a_run_is_drawn_live_on_a_terminal(shell: Shell) -> None:
     os.close(theirs)
     seen = b""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:
-            break
-        if not part:
-            break
+    while time.monotonic() < deadline and process.poll() is None:
+        if select.select([ours], [], [], 0.1)[0]:
+            seen += _read(ours)
+    if process.poll() is None:
+        process.kill()
+    while part := _read(ours):
         seen += part
     os.close(ours)
     assert process.wait(timeout=10) == 0, seen.decode(errors="replace")

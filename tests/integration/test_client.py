@@ -20,6 +20,7 @@ from flowmesh_mesh import content, subjects, sync
 from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.client import Mesh, connect, submission
 from flowmesh_mesh.client import events as client_events
+from flowmesh_mesh.compiler import compile_document
 from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import INLINE_MAX_BYTES, Blocks, RunEvent, Submit, encode
 from flowmesh_mesh.names import is_name
@@ -131,6 +132,21 @@ async def test_a_large_workflow_is_put_first_and_only_what_the_mesh_lacks_is_sen
     await mesh.submit(document)
     assert sum(len(block) for put in leader.puts for block in put.blocks) == 0
     assert len(leader.puts) == 1
+
+
+async def test_a_compiled_workflow_whose_content_the_mesh_holds_is_submitted_by_its_manifest(
+    mesh: Mesh, leader: FakeLeader, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"n":{n}}}\n' for n in range(300_000)))
+    operators = {"a": {"type": "data.load", "inputs": {"file": {"path": str(rows)}}}}
+    compiled = compile_document(
+        {**WORKFLOW, "operators": operators, "outputs": {"out": "a.rows"}}, base=tmp_path, store=leader.store
+    )
+    run = await mesh.submit(compiled)
+    assert leader.submissions[0].run == run.id
+    assert leader.submissions[0].blocks == (compiled.block,)
+    assert not leader.puts
 
 
 async def test_an_unacceptable_document_is_refused_before_anything_is_sent(mesh: Mesh, leader: FakeLeader) -> None:

@@ -78,7 +78,8 @@ def _load(name: str, target: str) -> Any:
     return typer.main.get_command(single)
 
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+# Plain help at the root: drawing it with Rich doubles the time that `flowmesh --help` takes.
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _show_version(is_wanted: bool) -> None:

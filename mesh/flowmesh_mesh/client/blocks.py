@@ -62,7 +62,7 @@ async def _send(bus: Bus, store: BlockStore, cids: Sequence[bytes]) -> None:
 
 
 async def put(bus: Bus, store: BlockStore, root: bytes) -> None:
-    """Give the mesh the DAG under ``root``, sending only the blocks it lacks; it is pinned on return.
+    """Give the mesh what is here of the DAG under ``root``, sending only the blocks it lacks; once whole, it is pinned.
 
     The mesh answers with what it misses: the root first, then what hangs under the blocks just sent, level by level. So a
     DAG that it holds already costs one question. Raise TransientError when the mesh keeps missing what was sent.
@@ -70,17 +70,14 @@ async def put(bus: Bus, store: BlockStore, root: bytes) -> None:
     sent: set[bytes] = set()
     for _ in range(_ROUNDS):
         answer = await _put(bus, Put((), (), root=root, last=True))
-        wanted = [cid_parse(text) for text in answer.body.get("missing", ())]
+        missing = [cid_parse(text) for text in answer.body.get("missing", ())]
+        # What is named by its CID alone may be held by a node: the leader looks for it on submission.
+        wanted = [cid for cid, held in zip(missing, store.has_many(missing), strict=True) if held]
         if not wanted:
             return
         if all(cid in sent for cid in wanted):
             raise TransientError(
                 f"the mesh does not keep block {cid_text(wanted[0])}", hint="Submit again; if it stays, free its disk."
-            )
-        absent = [cid for cid, held in zip(wanted, store.has_many(wanted), strict=True) if not held]
-        if absent:
-            raise NotFoundError(
-                f"block {cid_text(absent[0])} is held neither here nor by the mesh", hint="Give the file itself as input."
             )
         try:
             await _send(bus, store, wanted)

@@ -11,7 +11,7 @@ from flowmesh_mesh.names import check_name
 if TYPE_CHECKING:
     from flowmesh_mesh.bus import Bus
 
-CONNECT_DEADLINE_S = 5.0
+CONNECT_DEADLINE_S = 3.0
 
 
 async def connect_tenant(context: Context | str | os.PathLike[str] | None, tenant: str | None) -> Bus:

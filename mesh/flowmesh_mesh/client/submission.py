@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmesh_cas.cid import cid_text
+from flowmesh_cas.cid import DAG_CBOR, cid_text
 from flowmesh_cas.errors import TransientError, UsageError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.client.blocks import put
@@ -43,13 +43,14 @@ class Prepared:
 
 
 def prepare(workflow: Any, params: Mapping[str, Any] | None, store: BlockStore) -> Prepared:
-    """Compile a workflow given as path, document, builder or Compiled (whose blocks ``store`` must hold).
+    """Compile a workflow given as path, document, builder or Compiled (whose content ``store`` or the mesh must hold).
 
     Paths in a document file stand from its folder, in others from the current one. Raise DocumentError with all problems.
     """
     from flowmesh_mesh.compiler import Compiled, compile_document, compile_file
 
     if isinstance(workflow, Compiled):
+        store.put(DAG_CBOR, workflow.block)
         return Prepared(workflow, store)
     if isinstance(workflow, (str, os.PathLike)):
         return Prepared(compile_file(Path(workflow), params=params, store=store), store)

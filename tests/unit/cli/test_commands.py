@@ -113,6 +113,15 @@ def test_wrong_input_is_told_with_its_exit_code(
     assert result.stdout == ""
 
 
+def test_a_parameter_of_two_megabytes_is_refused_and_not_repeated(runner: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text(VALID.replace("type: int, default: 1", "type: str").replace("${params.n}", "1"))
+    (tmp_path / "big").write_text("x" * 2_000_000)
+    result = runner.invoke(app, ["validate", "w.yaml", "--param", "n=@big"])
+    assert result.exit_code == 2
+    assert "2000002 bytes" in result.stderr
+    assert len(result.output) < 1000
+
+
 def test_a_document_and_a_stream_exclude_each_other(runner: CliRunner) -> None:
     result = runner.invoke(app, ["logs", "abc", "-f", "--json"])
     assert result.exit_code == 2
@@ -160,8 +169,10 @@ def test_a_command_that_another_component_brings_is_found_by_its_entry_point(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tree, "_plugins", lambda: {"extra": "platform:python_version"})
-    assert "extra" in runner.invoke(app, ["--help"]).output
-    assert "up" not in re.findall(r"│ (\w+) ", runner.invoke(app, ["--help"]).output)
+    listed = re.findall(r"^  (\w+) ", runner.invoke(app, ["--help"]).output, re.MULTILINE)
+    assert "extra" in listed
+    assert "submit" in listed
+    assert "up" not in listed
 
 
 def test_the_page_of_the_command_line_names_every_command_and_no_other() -> None:
