@@ -295,6 +295,20 @@ def test_an_adapter_changes_what_is_generated_and_leaves_the_base_as_it_was(
     assert lines(once_more) == lines(adapted)[:2]
 
 
+def test_adapters_come_and_go_without_a_trace(
+    model: Model, trained: Produced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = adapter_of(train(model, tmp_path, steps=1, seed=9))
+    monkeypatch.setattr(engine, "LOADED_ADAPTERS", 1)
+    brief: dict[str, Any] = {"model": REFERENCE, "max_new_tokens": 3}
+    first, second, third = (
+        lines(run("llm.generate", model, item(QUESTIONS, adapter=adapter, **brief))[0])
+        for adapter in (adapter_of(trained), other, adapter_of(trained))
+    )
+    assert first == third
+    assert first != second
+
+
 def test_an_adapter_of_another_shape_is_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["no_such_module"]}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")

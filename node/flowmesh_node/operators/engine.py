@@ -31,9 +31,9 @@ DECODE_ROWS = 16
 LOADED_MODELS = 2
 LOADED_ADAPTERS = 4
 
+_REPRODUCIBLE = {"MKL_CBWR": "AVX2,STRICT", "ATEN_CPU_CAPABILITY": "avx2"}
+
 _ENVIRONMENT = {
-    "MKL_CBWR": "AVX2,STRICT",
-    "ATEN_CPU_CAPABILITY": "avx2",
     # Nodes share a machine: a thread that waits must not spin.
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
@@ -46,8 +46,16 @@ _ENVIRONMENT = {
 def prepare_environment() -> None:
     """Ask for reproducible kernels; without effect once torch is loaded. What is set already stays."""
     if "torch" not in sys.modules:
-        for name, setting in _ENVIRONMENT.items():
+        wanted = _ENVIRONMENT | (_REPRODUCIBLE if _has_avx2() else {})
+        for name, setting in wanted.items():
             os.environ.setdefault(name, setting)
+
+
+def _has_avx2() -> bool:
+    try:
+        return " avx2 " in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=1)
