@@ -65,6 +65,7 @@ def main() -> int:
         return 1
     checks = check(evidence, is_killing=not args.no_kill)
     show(console, evidence, checks)
+    console.print(f"results are in {args.dir / 'results'}: the adapter, the comparison, the best answers", soft_wrap=True)
     return 0 if all(one.is_true for one in checks) else 1
 
 

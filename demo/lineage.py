@@ -28,11 +28,14 @@ class Lineage:
 
 
 async def trace(mesh: Mesh, cid: str) -> Lineage:
-    """Return the lineage of a content, every ledger record fetched by its CID and its receipt checked."""
+    """Return the lineage of a content; every record and output on the way is fetched by its CID, every receipt checked."""
     body = await mesh.lineage(cid)
     store = MemoryStore()
     verified = 0
     for record in body["records"]:
+        for refs in record["outputs"].values():
+            for ref in refs:
+                await mesh.fetch(ref["cid"], store)
         root = cid_parse(record["record"])
         await mesh.fetch(root, store)
         verified += is_vouched_for(decode_record(store.get(root), ResultRecord))

@@ -71,6 +71,7 @@ class Story:
 
     def __init__(self, mesh: EmbeddedMesh, say: Say, *, is_killing: bool = True) -> None:
         self._mesh = mesh
+        self._results = Path(mesh.dir) / "results"
         self._say = say
         self._is_killing = is_killing
         self.began_s = time.monotonic()
@@ -134,8 +135,10 @@ class Story:
 
     async def _collect(self, evidence: Evidence, mesh: Mesh, watch_a: Watch, watch_b: Watch) -> None:
         if watch_b.state == "succeeded":
+            await watch_b.run.get(target=self._results / "team-b")
             evidence.best = await (await watch_b.run.result())["best"].rows()
         if watch_a.state == "succeeded":
+            await watch_a.run.get(target=self._results / "team-a")
             results = await watch_a.run.result()
             evidence.comparison = await results["comparison"].rows()
             evidence.adapter = results["adapter"].cid
