@@ -110,7 +110,10 @@ def _write(store: BlockStore, ref: Ref, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """How a run ended, and its outputs by name. ``reason`` is a reason code, ``saved_us`` the microseconds that sharing saved."""
+    """How a run ended, and its outputs by name. ``reason`` is a reason code, ``saved_us`` the microseconds that sharing saved.
+
+    A run with very many outputs (``outputs_total``) names none here: ``Run.outputs`` asks for them, all or one.
+    """
 
     run: str
     state: str
@@ -120,9 +123,15 @@ class Results:
     detail: str = ""
     counts: Mapping[str, int] | None = None
     saved_us: int = 0
+    outputs_total: int = 0
 
     def __getitem__(self, name: str) -> Output:
         found = self.outputs.get(name)
+        if found is None and self.outputs_total > len(self.outputs):
+            raise UsageError(
+                f"run {self.run} has {self.outputs_total} outputs, too many to be named with its end",
+                hint=f"Ask for it: `await run.outputs({name!r})`.",
+            )
         if found is None:
             raise NotFoundError(
                 f"run {self.run} has no output {name!r}", hint=f"Its outputs: {', '.join(self.outputs) or 'none'}."
@@ -155,4 +164,5 @@ def plain_results(run: str, body: Mapping[str, Any], source: Fetches) -> Results
         detail=str(body.get("detail") or ""),
         counts=body.get("counts"),
         saved_us=int(body.get("saved_us") or 0),
+        outputs_total=int(body.get("outputs_total") or 0),
     )

@@ -212,10 +212,12 @@ def _run(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outputs(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Return declared outputs by name, a page of them."""
+    """Return declared outputs by name: one, or a page of them."""
     run = find_run(leader, tenant, args.get("run"))
     offset, limit = max(0, int(args.get("offset", 0))), max(1, int(args.get("limit", ROWS_DEFAULT)))
     found = outputs_of(run)
+    if args.get("name"):
+        found = {name: refs for name, refs in found.items() if name == args["name"]}
     page = list(found.items())[offset : offset + limit]
     return {"outputs": plain_outputs(dict(page)), "total": len(found)}
 

@@ -24,6 +24,8 @@ from flowmesh_scheduler.hub import Hub, name_blocks
 
 OPERATORS_MAX = 1_000_000
 RESOLVE_TIMEOUT_S = 60.0
+MODEL_SCHEMES = ("wheel:", "hf:", "cid:")
+"""A path would name whatever lies there on the node: compilers put local models into the store and name their CID."""
 
 
 class JsonSubmit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,6 +124,9 @@ def _check_operator(manifest: Manifest, index: int, operator: Operator) -> None:
         raise UsageError(f"{where}: {error}") from error
     if operator.determinism != kind.determinism_of(operator.params):
         raise UsageError(f"{where}: determinism must be {kind.determinism_of(operator.params)}")
+    for role, reference in operator.models.items():
+        if operator.params.get(kind.models.get(role, "")) != reference or not reference.startswith(MODEL_SCHEMES):
+            raise UsageError(f"{where}: {reference!r} is no model reference of the parameter it stands for")
     for port, sources in operator.inputs.items():
         if port not in kind.inputs and not kind.open_inputs:
             raise UsageError(f"{where}: {operator.type} has no input {port!r}")

@@ -95,6 +95,8 @@ class Leader:
         for record in found.nodes:
             await self.reports.join(record)
         self.apply(found.recovered)
+        if self.lost.done():
+            return
         for acceptance in found.recovered.runs:
             feed = self.feeds.feed(acceptance.acceptance.tenant, acceptance.acceptance.run, acceptance.acceptance.encoding)
             self.feeds.open(feed)

@@ -79,6 +79,11 @@ def noop(name: str = "a", **fields: Any) -> Operator:
     return Operator(name=name, type="flow.noop", version=1, params={"nonce": 1, "bytes": 0, "sleep_s": 0.0}, **fields)
 
 
+def model(reference: str) -> Operator:
+    params = {"model": reference, "prompt": "hi"}
+    return Operator(name="a", type="llm.generate", version=1, params=params, models={"model": reference})
+
+
 def submission(manifest: Manifest, run: str = "mine") -> bytes:
     block = encode_record(manifest)
     return encode(Submit(run, cid_of(DAG_CBOR, block), (block,)))
@@ -152,6 +157,7 @@ async def test_what_cannot_be_read_is_rejected_with_the_reason(bare: BareClient,
         (Manifest(name="x", operators=[Operator(name="a", type="flow.noop", version=1, params={"nonce": -1})]), "nonce"),
         (Manifest(name="x", operators=[Operator(name="a", type="rm.rf", version=1)]), "rm.rf"),
         (Manifest(name="x", operators=[noop(determinism="effect")]), "determinism"),
+        (Manifest(name="x", operators=[model("/etc")]), "no model reference"),
     ],
 )
 async def test_a_manifest_that_no_compiler_wrote_is_rejected(bare: BareClient, manifest: Manifest, complaint: str) -> None:

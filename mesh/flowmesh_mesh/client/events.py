@@ -39,7 +39,7 @@ def decode_event(data: bytes) -> RunEvent:
 
 def ended_event(run: str, state: dict[str, Any]) -> RunEvent:
     """Return the ``ended`` event that a run's state amounts to, for whoever missed the real one."""
-    names = ("state", "reason", "actor", "detail", "counts", "outputs", "saved_us")
+    names = ("state", "reason", "actor", "detail", "counts", "outputs", "outputs_total", "saved_us")
     body = {name: state[name] for name in names if state.get(name) is not None}
     return RunEvent(run, int(state.get("seq") or 0), int(state.get("ended_at_us") or 0), "ended", body)
 

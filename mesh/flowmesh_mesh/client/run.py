@@ -141,12 +141,11 @@ class Run:
 
     async def outputs(self, name: str | None = None) -> dict[str, Output]:
         """Return the outputs to be had now: all that the workflow names, one of them, or the ports of one operator."""
-        state = await self.status(limit=1) if name is None else await self.status()
-        named: dict[str, Any] = state.get("outputs") or {}
         if name is None:
-            return plain_outputs(named, self._mesh)
-        if name in named:
-            return plain_outputs({name: named[name]}, self._mesh)
+            return plain_outputs(await self._declared(), self._mesh)
+        body = await ask(self._mesh.bus, "outputs", {"run": self.id, "name": name})
+        if body["outputs"]:
+            return plain_outputs(body["outputs"], self._mesh)
         row = await self.operator(name)
         ports: dict[str, Any] = row.get("outputs") or {}
         if not ports:
@@ -155,6 +154,15 @@ class Run:
         return plain_outputs(
             {row["name"] if single else f"{row['name']}.{port}": refs for port, refs in ports.items()}, self._mesh
         )
+
+    async def _declared(self) -> dict[str, Any]:
+        """Return every output that the workflow names, page by page."""
+        found: dict[str, Any] = {}
+        while True:
+            body = await ask(self._mesh.bus, "outputs", {"run": self.id, "offset": len(found)})
+            found.update(body["outputs"])
+            if not body["outputs"] or len(found) >= body["total"]:
+                return found
 
     def _without_result(self, row: dict[str, Any]) -> Exception:
         name = f"operator {row['name']!r} of run {self.id}"

@@ -87,7 +87,7 @@ def end_if_settled(state: State, run: Run, now_us: int, out: Outbox) -> None:
         counts={name: n for name, n in run.counts.items() if n},
         saved_us=run.saved_us,
     )
-    out.add(EndRun(run.end, state_word))
+    out.ends.append(EndRun(run.end, state_word))
 
 
 def _records(run: Run) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flowmesh_scheduler.core.commands import Change, Command, CommitResults, Locate
+from flowmesh_scheduler.core.commands import Change, Command, CommitResults, EndRun, Locate
 from flowmesh_scheduler.core.state import Run, Vertex, VertexState, Work
 
 
@@ -14,6 +14,7 @@ class Outbox:
 
     commands: list[Command] = field(default_factory=list)
     commits: list[tuple[bytes, int, bytes]] = field(default_factory=list)
+    ends: list[EndRun] = field(default_factory=list)
     locate: dict[bytes, list[str]] = field(default_factory=dict)
     entering: list[Vertex] = field(default_factory=list)
     queueing: list[Work] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Outbox:
         self.touched[run.id_pair] = run
 
     def close(self) -> list[Command]:
-        """Return all commands of the step: commits first, so that they are on their way while the rest is prepared."""
+        """Return all commands of the step: commits first, to be on their way while the rest is prepared; ends of runs last."""
         commands = self.commands
         if self.commits:
             commands.insert(0, CommitResults(self.commits))
@@ -50,4 +51,5 @@ class Outbox:
             if run.changes:
                 commands.append(Change(run.tenant, run.id, run.changes, {k: n for k, n in run.counts.items() if n}))
                 run.changes = []
+        commands.extend(self.ends)
         return commands

@@ -135,10 +135,9 @@ def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digest
     )
     former, vertex.former = vertex.former, None
     if former is not None:
-        work.failures, work.nodes_lost = former.failures, former.nodes_lost
-        work.avoided, work.unfit = set(former.avoided), set(former.unfit)
+        work.nodes_lost, work.avoided, work.unfit = former.nodes_lost, set(former.avoided), set(former.unfit)
         if former.key == work.key:
-            work.attempts, work.issued = former.attempts, former.issued
+            work.attempts, work.failures, work.issued = former.attempts, former.failures, former.issued
     vertex.work = work
     state.works[vertex.key] = work
     return work

@@ -54,7 +54,7 @@ def _drain(state: State, out: Outbox) -> None:
     while out.entering or out.queueing:
         vertices, out.entering = out.entering, []
         for vertex in vertices:
-            if vertex.state is VertexState.WAITING:
+            if vertex.state is VertexState.WAITING and not vertex.waits_for:
                 planning.enter(state, vertex, out)
         works, out.queueing = out.queueing, []
         for work in works:
