@@ -92,9 +92,12 @@ def _lineage_is_whole(evidence: Evidence) -> Check:
         return Check("the adapter's lineage leads back to the questions and the model", False, "there is no adapter")
     needed = {"data.load", "llm.generate", "reward.score", "data.sql", "train.dpo"}
     is_true = (
-        needed <= lineage.types() and bool(lineage.inputs) and bool(lineage.models) and lineage.verified == len(lineage.records)
+        needed <= lineage.types()
+        and bool(lineage.inputs)
+        and bool(lineage.models)
+        and lineage.verified == len(lineage.records) - lineage.unreachable
     )
-    counts = f"{len(lineage.records)} records, {lineage.verified} receipts verified"
+    counts = f"{len(lineage.records)} records, {lineage.verified} receipts verified, {lineage.unreachable} out of reach"
     figures = f"{counts}, {len(lineage.inputs)} given inputs, {len(lineage.models)} models"
     return Check("the adapter's lineage leads back to the questions and the model", is_true, figures)
 

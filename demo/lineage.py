@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from flowmesh_cas.cid import cid_parse, digest_of
+from flowmesh_cas.errors import NotFoundError
 from flowmesh_cas.store import MemoryStore
 from flowmesh_mesh import receipts
 from flowmesh_mesh.client import Mesh
@@ -21,6 +23,8 @@ class Lineage:
     inputs: list[str]
     models: dict[str, str]
     verified: int
+    unreachable: int
+    """Records whose DAG nobody holds whole any more, such as one that links to a log which only the lost node had."""
 
     def types(self) -> set[str]:
         """Return the operator types on the way."""
@@ -31,15 +35,18 @@ async def trace(mesh: Mesh, cid: str) -> Lineage:
     """Return the lineage of a content; every record and output on the way is fetched by its CID, every receipt checked."""
     body = await mesh.lineage(cid)
     store = MemoryStore()
-    verified = 0
+    verified = unreachable = 0
     for record in body["records"]:
-        for refs in record["outputs"].values():
-            for ref in refs:
-                await mesh.fetch(ref["cid"], store)
         root = cid_parse(record["record"])
-        await mesh.fetch(root, store)
+        try:
+            for ref in itertools.chain.from_iterable(record["outputs"].values()):
+                await mesh.fetch(ref["cid"], store)
+            await mesh.fetch(root, store)
+        except NotFoundError:
+            unreachable += 1
+            continue
         verified += is_vouched_for(decode_record(store.get(root), ResultRecord))
-    return Lineage(body["records"], list(body["inputs"]), dict(body["models"]), verified)
+    return Lineage(body["records"], list(body["inputs"]), dict(body["models"]), verified, unreachable)
 
 
 def is_vouched_for(record: ResultRecord) -> bool:

@@ -53,7 +53,7 @@ class Screen:
                     self._move_bar(watch)
                     self._tell(watch, told)
                 if time.monotonic() - self._told_s > SILENCE_S:
-                    self.say("; ".join(_summary(watch) for watch in story.watches) or "waiting for the mesh")
+                    self.say(", ".join(_summary(w) for w in story.watches if w.state == "accepted") or "waiting for the mesh")
                 await asyncio.sleep(0.2)
 
     def _move_bar(self, watch: Watch) -> None:
@@ -78,8 +78,11 @@ class Screen:
 
 
 def _summary(watch: Watch) -> str:
-    running = ", ".join(f"{seen.name} on {seen.node}" for seen in watch.running()) or "nothing assigned"
-    return f"{watch.title}: {watch.done()} of {len(watch.operators)} done, {shorten(running, 90)}"
+    where = defaultdict(list)
+    for seen in watch.running():
+        where[seen.node or "waiting for the other run"].append(seen.name)
+    text = "; ".join(f"{node}: {shorten(', '.join(names), 40)}" for node, names in sorted(where.items()))
+    return f"{watch.title}: {watch.done()} of {len(watch.operators)} done [dim]({text or 'nothing assigned'})[/dim]"
 
 
 def show(console: Console, evidence: Evidence, checks: list[Check]) -> None:

@@ -22,7 +22,7 @@ WORKFLOWS = Path(__file__).with_name("workflows")
 DEADLINE_S = 400.0
 MIDDLE_S = 1.0
 """How long an operator must have run before the kill, so that there is something to lose."""
-PATIENCE_S = 20.0
+PATIENCE_S = 15.0
 """After this long any running operator is the middle of something."""
 
 Say = Callable[[str], None]
