@@ -22,6 +22,7 @@ _FAILURES = {reason.value: reason for reason in (*_RETRIED, *_UNFIT, Reason.USER
 """What a node may say of an attempt. Anything else is its own fault: also a cancellation that nobody asked for."""
 
 _INPUT_MISSES_LIMIT = 5
+_MISS_PAUSE_S = 0.25
 
 INLINE_MAX_BYTES = 4096
 """Results up to this size are kept by the ledger itself."""
@@ -280,6 +281,8 @@ def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, ou
     work.assignment = ""
     if reason == Reason.INPUT_MISSING and work.misses < _INPUT_MISSES_LIMIT:
         work.misses += 1
+        if work.misses > 1:
+            work.not_before_us = now_us + int(_MISS_PAUSE_S * 2**work.misses * 1e6)
         for root in outcome.missing:
             state.places.pop(root, None)
         out.queueing.append(work)

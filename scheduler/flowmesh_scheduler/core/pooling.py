@@ -96,7 +96,7 @@ def _go_on(state: State, work: Work, out: Outbox) -> None:
             vertex.shared = vertex is not first
         queue(state, work, out)
         return
-    missing = {root for root in work.roots() if not state.places.get(root)}
+    missing = {root for root in work.roots() if root in state.places and not state.places[root]}
     if missing:
         recover_inputs(state, work, missing, out)
     else:

@@ -138,6 +138,7 @@ def test_misses_of_inputs_do_not_use_up_the_attempts() -> None:
     made.succeed(made.only(), "x")
     for _ in range(2):
         made.fail(made.only(), "input-missing")
+        made.wait(2, beating=["n1"])
     made.fail(made.only(), "crashed")
     made.wait(1, beating=["n1"])
     assert made.is_assigned("o1"), "the first crash ended it"
@@ -148,10 +149,10 @@ def test_an_input_that_is_said_to_be_there_but_never_is_ends_the_operator() -> N
     made.submit(chain(2))
     made.succeed(made.only(), "x")
     for _ in range(100):
-        if not made.assigned:
-            break
-        item = made.only().items[0]
-        made.fail(made.only(), "input-missing", missing=tuple(x.ref.cid for refs in item.inputs.values() for x in refs))
+        if made.assigned:
+            item = made.only().items[0]
+            made.fail(made.only(), "input-missing", missing=tuple(x.ref.cid for refs in item.inputs.values() for x in refs))
+        made.wait(1, beating=["n1"])
     assert made.end().reason == "input-missing"
 
 

@@ -599,3 +599,69 @@ def test_the_limit_on_lost_nodes_is_a_setting() -> None:
     made.submit(chain(1))
     made.lose(made.only().node)
     assert made.end().reason == "poison"
+
+
+def test_what_is_being_asked_about_is_not_taken_for_lost() -> None:
+    """c waits to hear of x while d's node misses the given content: nobody has said yet that nobody holds that."""
+    made = desk("n1", locates=False)
+    given = content("given")
+    flow = [operator("p", nonce=1), operator("c", nonce=2, after=[0, given]), operator("d", nonce=3, after=[given])]
+    made.submit(workflow(flow, {}))
+    made.answer("p", "x")
+    made.answer("c", reason="input-missing", missing=(content("x").cid,))
+    made.answer("d", reason="input-missing", missing=(given.cid,))
+    made.apply(e.Located({content("x").cid: ["n1"]}))
+    assert made.states() == {"p": "done", "c": "ready", "d": "ready"}
+    made.apply(e.Located({given.cid: ["hub"]}))
+    made.work_off()
+    assert made.end().reason == "succeeded"
+
+
+def test_a_vertex_whose_last_source_comes_while_another_is_lost_goes_on_waiting() -> None:
+    """One answer tells both: what q made is held, what p made is not; c needs both, d only p's."""
+    made = desk("n1")
+    made.submit(workflow([operator("q", nonce=5)]), "r0")
+    made.work_off()
+    q = made.vertex("q", "r0").outputs
+    assert q is not None
+    made.locates = False
+    flow = [operator("p", nonce=1), operator("q", nonce=5), operator("d", nonce=2, after=[0]), operator("c", after=[0, 1])]
+    made.submit(workflow(flow, {}))
+    made.answer("p", "x")
+    made.answer("d", reason="input-missing", missing=(content("x").cid,))
+    made.apply(e.Located({q["out"][0].cid: ["hub"], content("x").cid: []}))
+    assert made.states() == {"p": "ready", "q": "done", "d": "waiting", "c": "waiting"}
+    made.apply(e.Located({content("x").cid: []}))
+    made.work_off()
+    assert made.end().reason == "succeeded"
+
+
+def test_an_input_that_cannot_be_fetched_is_sought_again_after_pauses_that_grow() -> None:
+    made = desk("n1")
+    made.submit(chain(2))
+    made.answer("o0", "x")
+    pauses = []
+    for _ in range(5):
+        made.answer("o1", reason="input-missing", missing=(content("x").cid,))
+        begun_us = made.now_us
+        while not made.assigned:
+            made.wait(0.1, beating=["n1"])
+        pauses.append((made.now_us - begun_us) / SECOND)
+    assert pauses[0] == 0
+    assert pauses == sorted(pauses)
+    assert 3 < sum(pauses) < 30
+    made.succeed(made.only())
+    assert made.end().reason == "succeeded"
+
+
+def test_a_poisonous_operator_is_found_out_although_its_input_never_comes_out_the_same() -> None:
+    made = desk("n1", "n2", "n3", "n4", "n5")
+    made.submit(chain(2))
+    for number in range(3):
+        if not made.is_assigned("o0"):
+            break
+        made.answer("o0", f"x{number}")
+        killer = made.named("o1")
+        made.forget(content(f"x{number}"))
+        made.lose(killer.node)
+    assert made.end().reason == "poison"

@@ -202,8 +202,4 @@ def test_a_replayed_history_ends_as_the_leader_that_lived() -> None:
         after = made.successor("n1")
         after.work_off()
         assert {run: end.reason for (_, run), end in after.ended.items()} == {"r1": "succeeded", "r2": "succeeded"}
-        assert (
-            after.ended["ta", "r1"].outputs == {"out": after.vertex("d").outputs["out"]}
-            if ("ta", "r1") in after.state.runs
-            else True
-        )
+        assert after.ended["ta", "r1"].counts == {"done": 4}
