@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh_cas.errors import InternalError, TransientError, UsageError
+from flowmesh_cas.errors import FlowmeshError, InternalError, TransientError, UsageError
 from flowmesh_mesh.connection import Connection, CredentialsRefusedError
 from flowmesh_mesh.credentials import Credentials
 from flowmesh_mesh.delivery import (
@@ -75,14 +75,19 @@ class _Stored(msgspec.Struct, frozen=True):
 _decode_stored = msgspec.json.Decoder(_Stored).decode
 
 
+Answered = tuple[bytes, bytes | None] | FlowmeshError
+"""Payload and raw headers of an answer, or why there is none."""
+
+
 class _Request:
-    """A request in flight."""
+    """A request in flight; ``then`` is called once, in the read loop."""
 
-    __slots__ = ("future", "subject")
+    __slots__ = ("subject", "then", "timer")
 
-    def __init__(self, subject: str, future: asyncio.Future[tuple[bytes, bytes | None]]) -> None:
+    def __init__(self, subject: str, then: Callable[[Answered], None], timer: asyncio.TimerHandle) -> None:
         self.subject = subject
-        self.future = future
+        self.then = then
+        self.timer = timer
 
 
 Notice = Callable[[], Awaitable[None] | None]
@@ -171,10 +176,8 @@ class Bus(StreamApi):
         self._is_up.clear()
         requests, self._requests = self._requests, {}
         for request in requests.values():
-            if not request.future.done():
-                request.future.set_exception(
-                    UnknownOutcomeError(f"the connection was lost while waiting for {request.subject}", retry_after_s=0.1)
-                )
+            request.timer.cancel()
+            request.then(UnknownOutcomeError(f"the connection was lost while waiting for {request.subject}", retry_after_s=0.1))
         for notice in list(self.on_loss):
             notice()
         self._notify("disconnect")
@@ -212,12 +215,12 @@ class Bus(StreamApi):
         if found is None:
             return
         for token, request in list(self._requests.items()):
-            if request.subject.lower() == found.group(1) and not request.future.done():
-                del self._requests[token]
-                request.future.set_exception(
+            if request.subject.lower() == found.group(1):
+                self._settle(
+                    token,
                     NotAllowedError(
                         f"these credentials may not publish to {request.subject}", hint="Use credentials of the right role."
-                    )
+                    ),
                 )
 
     async def _wait_up(self, timeout_s: float) -> None:
@@ -281,30 +284,56 @@ class Bus(StreamApi):
     ) -> tuple[bytes, bytes | None]:
         if not self.connected:
             await self._wait_up(timeout_s)
+        future: asyncio.Future[tuple[bytes, bytes | None]] = self._loop.create_future()
+
+        def settle(answered: Answered) -> None:
+            if future.done():
+                return
+            if isinstance(answered, FlowmeshError):
+                future.set_exception(answered)
+            else:
+                future.set_result(answered)
+
+        token = self._begin(subject, data, settle, timeout_s, headers)
+        try:
+            return await future
+        finally:
+            request = self._requests.pop(token, None)
+            if request is not None:
+                request.timer.cancel()
+
+    def _begin(
+        self,
+        subject: str,
+        data: bytes,
+        then: Callable[[Answered], None],
+        timeout_s: float,
+        headers: Mapping[str, str] | None,
+    ) -> str:
+        """Send a request; ``then`` hears of its answer."""
         if not self._request_prefix:  # only now: some roles may not ask, and have no inbox
             self._request_prefix = f"{self._inbox}.r."
             self.connection.listen(f"{self._request_prefix}*", self._answer)
         self._request_count += 1
         token = str(self._request_count)
-        future: asyncio.Future[tuple[bytes, bytes | None]] = self._loop.create_future()
-        self._requests[token] = _Request(subject, future)
+        self.post(subject, data, reply=self._request_prefix + token, headers=headers)
         timer = self._loop.call_later(timeout_s, self._expire, token, timeout_s)
-        try:
-            self.post(subject, data, reply=self._request_prefix + token, headers=headers)
-            return await future
-        finally:
-            timer.cancel()
-            self._requests.pop(token, None)
+        self._requests[token] = _Request(subject, then, timer)
+        return token
+
+    def _settle(self, token: str, answered: Answered) -> None:
+        request = self._requests.pop(token, None)
+        if request is not None:
+            request.timer.cancel()
+            request.then(answered)
 
     def _expire(self, token: str, timeout_s: float) -> None:
-        request = self._requests.pop(token, None)
-        if request is not None and not request.future.done():
-            request.future.set_exception(UnknownOutcomeError(f"no answer from {request.subject} within {timeout_s:g} s"))
+        request = self._requests.get(token)
+        if request is not None:
+            self._settle(token, UnknownOutcomeError(f"no answer from {request.subject} within {timeout_s:g} s"))
 
     def _answer(self, subject: bytes, _reply: bytes, data: bytes, headers: bytes | None) -> None:
-        request = self._requests.pop(subject[len(self._request_prefix) :].decode(), None)
-        if request is not None and not request.future.done():
-            request.future.set_result((data, headers))
+        self._settle(subject[len(self._request_prefix) :].decode(), (data, headers))
 
     async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
         """Listen to core messages; with ``queue`` each message goes to one member of the group.
@@ -345,6 +374,34 @@ class Bus(StreamApi):
             fields["Nats-TTL"] = f"{max(1000, int(ttl_s * 1000))}ms"
         answer, raw = await self._ask(subject, data, timeout_s, fields)
         return _sequence(answer, raw, subject)
+
+    def store_then(
+        self,
+        subject: str,
+        data: bytes,
+        then: Callable[[int | FlowmeshError], None],
+        *,
+        expect: Expect | None = None,
+        timeout_s: float = 2.0,
+    ) -> None:
+        """Write as :meth:`store` does, without a task: ``then`` is called in the read loop with the sequence or the error.
+
+        Raise TransientError when there is no connection; ``then`` is not called in that case.
+        """
+        if not self.connected:
+            raise TransientError("not connected to the broker", hint="Reconnection goes on by itself.")
+
+        def settle(answered: Answered) -> None:
+            if isinstance(answered, FlowmeshError):
+                then(answered)
+                return
+            try:
+                sequence: int | FlowmeshError = _sequence(*answered, subject)
+            except FlowmeshError as error:
+                sequence = error
+            then(sequence)
+
+        self._begin(subject, data, settle, timeout_s, expect.headers() if expect is not None else None)
 
     async def store_batch(
         self, messages: Sequence[tuple[str, bytes]], *, expect: Expect | None = None, timeout_s: float = 5.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+from collections.abc import Callable
 
 from flowmesh_cas.errors import TransientError
 from flowmesh_mesh import subjects
@@ -19,17 +19,16 @@ class AssignmentQueue:
         self._last: dict[str, int] = {}
         self._swept: dict[str, int] = {}
 
-    def note(self, node: str, assignment: str, written: asyncio.Future[int]) -> None:
-        """Remember an assignment that is being written; its sequence follows."""
+    def note(self, node: str, assignment: str) -> Callable[[int], None]:
+        """Remember an assignment that is being written; call what is returned with its sequence."""
         self._open.setdefault(node, {})[assignment] = 0
 
-        def stored(done: asyncio.Future[int]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self._last[node] = max(self._last.get(node, 0), done.result())
-                if assignment in self._open.get(node, {}):
-                    self._open[node][assignment] = done.result()
+        def stored(sequence: int) -> None:
+            self._last[node] = max(self._last.get(node, 0), sequence)
+            if assignment in self._open.get(node, {}):
+                self._open[node][assignment] = sequence
 
-        written.add_done_callback(stored)
+        return stored
 
     def found(self, node: str, assignment: str, sequence: int) -> None:
         """Remember an assignment that an earlier leader wrote."""

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from flowmesh_cas.errors import FencedError, InternalError, TransientError
+from flowmesh_cas.errors import FencedError, FlowmeshError, InternalError, TransientError
 from flowmesh_mesh.bus import AlreadyStoredError, Bus, Expect
 from flowmesh_mesh.messages import Epoch, decode, encode
 
@@ -22,7 +22,8 @@ SINGLES_MAX = 8
 BATCH_MAX = 1000
 BATCH_MAX_BYTES = 4 * 1024 * 1024
 
-Write = tuple[str, bytes, "asyncio.Future[int]"]
+Write = tuple[str, bytes, Callable[[int], None]]
+"""Subject, data, and who is told the sequence once the message is durable."""
 
 
 class GuardedStream:
@@ -59,38 +60,58 @@ class GuardedStream:
         self._fence = Expect(sequence, self._epochs)
         return self.epoch
 
-    def write(self, subject: str, data: bytes) -> asyncio.Future[int]:
-        """Queue a write; the future holds its sequence once it is durable."""
-        future: asyncio.Future[int] = self._loop.create_future()
-        self._queue.append((subject, data, future))
+    def write(self, subject: str, data: bytes, then: Callable[[int], None] = lambda _: None) -> None:
+        """Queue a write; ``then`` is told its sequence once it is durable. It leaves with :meth:`flush`, or a moment later."""
+        self._queue.append((subject, data, then))
         if not self._is_woken:
             self._is_woken = True
-            self._loop.call_soon(self._flush)
-        return future
+            self._loop.call_soon(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what is queued: few writes singly and side by side, many as batches."""
         self._is_woken = False
         if not self._queue or self._batching is not None or self._is_closed:
             return
         if len(self._queue) + self._in_flight <= SINGLES_MAX:
             queue, self._queue = self._queue, []
             for write in queue:
-                self._in_flight += 1
-                self._spawn(self._single(write))
+                self._single(write)
         elif self._in_flight == 0:
             self._batching = self._loop.create_task(self._batches())
+
+    def _single(self, write: Write) -> None:
+        self._in_flight += 1
+
+        def settle(answer: int | FlowmeshError) -> None:
+            if isinstance(answer, int):
+                self._in_flight -= 1
+                write[2](answer)
+                self.flush()
+            else:
+                self._spawn(self._repair(write, answer))
+
+        try:
+            self._bus.store_then(write[0], write[1], settle, expect=self._fence)
+        except TransientError as error:
+            self._spawn(self._repair(write, error))
+
+    async def _repair(self, write: Write, error: FlowmeshError) -> None:
+        """Settle a write whose first try failed."""
+        try:
+            if isinstance(error, FencedError):
+                self._on_fenced(error)
+            elif isinstance(error, AlreadyStoredError):
+                await self._read_back(write)
+            else:
+                await self._store(write, is_unknown=getattr(error, "unknown_outcome", False))
+        finally:
+            self._in_flight -= 1
+            self.flush()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _single(self, write: Write) -> None:
-        try:
-            await self._store(write)
-        finally:
-            self._in_flight -= 1
-            self._flush()
 
     async def _batches(self) -> None:
         """Drain the queue batch by batch; one at a time, as a replicated stream demands."""
@@ -100,19 +121,18 @@ class GuardedStream:
                 try:
                     last = await self._bus.store_batch([(s, d) for s, d, _ in batch], expect=self._fence)
                 except FencedError as error:
-                    self._refuse(batch, error)
+                    self._on_fenced(error)
                 except (AlreadyStoredError, TransientError):
                     # some of it may be stored: settle each by itself
                     for write in batch:
                         await self._store(write)
                 else:
                     first = last - len(batch) + 1
-                    for offset, (_, _, future) in enumerate(batch):
-                        if not future.done():
-                            future.set_result(first + offset)
+                    for offset, (_, _, then) in enumerate(batch):
+                        then(first + offset)
         finally:
             self._batching = None
-            self._flush()
+            self.flush()
 
     def _cut(self) -> list[Write]:
         size = count = 0
@@ -124,58 +144,49 @@ class GuardedStream:
         batch, self._queue = self._queue[:count], self._queue[count:]
         return batch
 
-    async def _store(self, write: Write) -> None:
-        """Write one message until it is known to be stored or refused."""
-        subject, data, future = write
+    async def _store(self, write: Write, *, is_unknown: bool = False) -> None:
+        """Write one message until it is known to be stored or refused; ``is_unknown``: it may be stored already."""
+        subject, data, then = write
         pause_s = 0.01
         while not self._is_closed:
             try:
+                if is_unknown and await self._is_stored(write):
+                    return
                 sequence = await self._bus.store(subject, data, expect=self._fence)
             except AlreadyStoredError:
                 await self._read_back(write)
                 return
             except FencedError as error:
-                self._refuse([write], error)
+                self._on_fenced(error)
                 return
             except TransientError as error:
-                if getattr(error, "unknown_outcome", False) and await self._is_stored(subject, data, future):
-                    return
+                is_unknown = is_unknown or getattr(error, "unknown_outcome", False)
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(1.0, pause_s * 2)
             else:
-                if not future.done():
-                    future.set_result(sequence)
+                then(sequence)
                 return
-        if not future.done():
-            future.cancel()
 
     async def _read_back(self, write: Write) -> None:
-        subject, data, future = write
-        if not await self._is_stored(subject, data, future) and not future.done():
-            future.set_exception(InternalError(f"{subject} already holds something else"))
+        """The subject is taken: equal content is success, anything else means that two wrote as leader."""
+        while not self._is_closed:
+            try:
+                if not await self._is_stored(write):
+                    self._on_fenced(InternalError(f"{write[0]} already holds something else"))
+                return
+            except TransientError:
+                await asyncio.sleep(random.uniform(0.05, 0.1))
 
-    async def _is_stored(self, subject: str, data: bytes, future: asyncio.Future[int]) -> bool:
-        try:
-            found = await self._bus.last_message(self._stream, subject)
-        except TransientError:
+    async def _is_stored(self, write: Write) -> bool:
+        found = await self._bus.last_message(self._stream, write[0])
+        if found is None or found.data != write[1]:
             return False
-        if found is None or found.data != data:
-            return False
-        if not future.done():
-            future.set_result(found.seq)
+        write[2](found.seq)
         return True
-
-    def _refuse(self, batch: list[Write], error: Exception) -> None:
-        for _, _, future in batch:
-            if not future.done():
-                future.cancel()
-        self._on_fenced(error)
 
     async def close(self) -> None:
         """Stop writing; what is queued is dropped."""
         self._is_closed = True
-        for _, _, future in self._queue:
-            future.cancel()
         self._queue.clear()
         tasks = [*self._tasks, *([self._batching] if self._batching else [])]
         for task in tasks:

@@ -43,42 +43,32 @@ class Hands:
         pair = (acceptance.tenant, acceptance.run)
         inline = self._leader.inline.pop(pair, [])
         record = msgspec.structs.replace(acceptance, blocks=inline)
-        future = self._leader.ledger.write(subjects.ledger_accepted(*pair), encode_record(record))
         feed = self._leader.feeds.feed(*pair, acceptance.encoding)
 
-        def accepted(done: asyncio.Future[int]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self._leader.feeds.send(feed, "accepted", {"name": command.name, "operators": command.operators})
-                self._leader.feeds.open(feed)
-                self._leader.requests.settle(pair, True)
+        def accepted(_: int) -> None:
+            self._leader.feeds.send(feed, "accepted", {"name": command.name, "operators": command.operators})
+            self._leader.feeds.open(feed)
+            self._leader.requests.settle(pair, True)
 
-        future.add_done_callback(accepted)
+        self._leader.ledger.write(subjects.ledger_accepted(*pair), encode_record(record), accepted)
 
     def _assign(self, command: c.Assign) -> None:
         assignment = command.assignment
-        future = self._leader.assign.write(subjects.assign(assignment.node, assignment.id), encode(assignment))
-
-        self._leader.queue.note(assignment.node, assignment.id, future)
+        stored = self._leader.queue.note(assignment.node, assignment.id)
+        self._leader.assign.write(subjects.assign(assignment.node, assignment.id), encode(assignment), stored)
 
     def _commit(self, command: c.CommitResults) -> None:
-        waiting = [
-            (key, record_cid(block), self._leader.ledger.write(subjects.ledger_result(key.hex(), generation), block))
-            for key, generation, block in command.records
-        ]
-        remaining = len(waiting)
+        records = [(key, record_cid(block)) for key, _, block in command.records]
+        remaining = len(records)
 
-        def stored(_: asyncio.Future[int]) -> None:
+        def stored(_: int) -> None:
             nonlocal remaining
             remaining -= 1
             if remaining == 0:
-                done = [(key, record) for key, record, future in waiting if not future.cancelled() and not future.exception()]
-                if len(done) == len(waiting):
-                    self._leader.apply(e.Committed(done))
-                elif not self._leader.lost.done():
-                    self._leader.stop("internal error: a result could not be written")
+                self._leader.apply(e.Committed(records))
 
-        for _, _, future in waiting:
-            future.add_done_callback(stored)
+        for key, generation, block in command.records:
+            self._leader.ledger.write(subjects.ledger_result(key.hex(), generation), block, stored)
 
     def _tell(self, command: c.Tell) -> None:
         message = command.message
@@ -123,7 +113,7 @@ class Hands:
     def _record_cancel(self, command: c.RecordCancel) -> None:
         cancellation = command.cancellation
         pair = (cancellation.tenant, cancellation.run)
-        self._leader.ledger.write(subjects.ledger_cancelled(*pair), encode_record(cancellation)).add_done_callback(_ignore)
+        self._leader.ledger.write(subjects.ledger_cancelled(*pair), encode_record(cancellation))
         self._leader.feeds.tell(*pair, "cancelling", {"actor": cancellation.actor})
 
     def _end(self, command: c.EndRun) -> None:
@@ -138,20 +128,13 @@ class Hands:
         """Write the ends of a moment together: they follow from results that are in the ledger, so nobody waits for them."""
         ending, self._ending = self._ending, {}
         for pair, record in ending.items():
-            future = self._leader.ledger.write(subjects.ledger_ended(*pair), record)
-            future.add_done_callback(partial(self._ended, pair))
+            self._leader.ledger.write(subjects.ledger_ended(*pair), record, partial(self._ended, pair))
 
-    def _ended(self, pair: tuple[str, str], done: asyncio.Future[int]) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._leader.apply(e.Ended(*pair))
+    def _ended(self, pair: tuple[str, str], _: int) -> None:
+        self._leader.apply(e.Ended(*pair))
 
     def _change(self, command: c.Change) -> None:
         self._leader.feeds.tell_changes(command.tenant, command.run, list(command.changes), command.counts)
-
-
-def _ignore(done: asyncio.Future[int]) -> None:
-    if not done.cancelled():
-        done.exception()
 
 
 _CARRY_OUT: dict[type, Callable[[Hands, Any], None]] = {

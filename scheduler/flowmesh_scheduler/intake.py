@@ -45,8 +45,9 @@ class Submission(msgspec.Struct):
     encoding: str
     manifest_cid: bytes = b""
     blocks: list[tuple[bytes, bytes]] = []
+    elsewhere: list[bytes] = []
+    """What the manifest links to and the submission does not carry."""
     manifest: Manifest | None = None
-    models: dict[str, str] = {}
 
 
 def run_of(data: bytes) -> tuple[str, str]:
@@ -70,7 +71,7 @@ def fallback_run(data: bytes) -> str:
 def open_submission(tenant: str, data: bytes, hub: Hub) -> Submission:
     """Return a compiled submission with its manifest read and checked; raise UsageError for what cannot run."""
     message = decode(data, Submit)
-    named, _ = name_blocks([message.manifest], message.blocks)
+    named, elsewhere = name_blocks([message.manifest], message.blocks)
     blocks = dict(named)
     try:
         block = blocks.get(message.manifest) or hub.get(message.manifest)
@@ -80,7 +81,7 @@ def open_submission(tenant: str, data: bytes, hub: Hub) -> Submission:
     except IntegrityError as error:
         raise UsageError(f"the manifest cannot be read: {error.message}") from error
     check_manifest(manifest)
-    return Submission(tenant, message.run, "msgpack", message.manifest, named, manifest)
+    return Submission(tenant, message.run, "msgpack", message.manifest, named, elsewhere, manifest)
 
 
 def compile_submission(tenant: str, run: str, data: bytes) -> Submission:
@@ -93,7 +94,7 @@ def compile_submission(tenant: str, run: str, data: bytes) -> Submission:
     block = compiled.manifest_block
     blocks = [(cid, store.get(cid)) for cid in store.cids()]
     named = {cid_of(DAG_CBOR, block): block, **dict(blocks)}
-    return Submission(tenant, run, "json", compiled.cid, list(named.items()), compiled.manifest)
+    return Submission(tenant, run, "json", compiled.cid, list(named.items()), [], compiled.manifest)
 
 
 def check_manifest(manifest: Manifest) -> None:

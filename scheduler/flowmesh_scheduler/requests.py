@@ -19,7 +19,6 @@ from flowmesh_mesh.bus import Delivery, Pull, StoredMessage, Subscription
 from flowmesh_mesh.messages import Answer, Cancel, Ready, decode, encode, is_json
 from flowmesh_scheduler import asks, intake
 from flowmesh_scheduler.core import events as e
-from flowmesh_scheduler.hub import name_blocks
 from flowmesh_scheduler.intake import Submission
 from flowmesh_scheduler.reports import read
 
@@ -131,9 +130,8 @@ class Requests:
         return self._leader.resolver.known(wanted) if wanted else {}
 
     def _absent(self, submission: Submission) -> list[bytes]:
-        """Return the CIDs under the manifest that neither came along nor are here."""
-        _, unknown = name_blocks([submission.manifest_cid], [block for _, block in submission.blocks])
-        return [cid for cid in unknown if not self._leader.hub.holds(cid)]
+        """Return the roots under the manifest that neither came along nor are here."""
+        return [cid for cid in submission.elsewhere if not self._leader.hub.holds(cid)]
 
     async def _take_in_slowly(self, pair: tuple[str, str], encoding: str, data: bytes) -> None:
         tenant, run = pair

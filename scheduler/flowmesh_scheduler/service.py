@@ -188,6 +188,8 @@ class Leader:
         try:
             for command in step(self.state, event, now_us()):
                 self._carry_out(command)
+            self.ledger.flush()
+            self.assign.flush()
         except Exception as error:
             log.exception("step failed on %s", type(event).__name__)
             self.stop(f"internal error: {error!r}")
