@@ -69,9 +69,13 @@ class Desk:
                 check(self.state)
                 self.memory.check(self.state)
             self.commands.extend(commands)
+            self._hear(event, commands)
             for command in commands:
                 queue.extend(self._follow(command))
         return self.commands[begun:]
+
+    def _hear(self, event: e.Event, commands: Sequence[c.Command]) -> None:
+        """Be told of a step; whoever writes stories does something about it."""
 
     def _follow(self, command: c.Command) -> Iterable[e.Event]:
         if isinstance(command, c.Accept):

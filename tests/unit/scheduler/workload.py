@@ -11,7 +11,7 @@ from tests.unit.scheduler.world import Request
 from flowmesh_mesh.manifest import Manifest, Operator, Ref, Source
 
 TYPES = ("flow.noop", "flow.noop", "data.sql", "data.split", "python.call", "train.sft")
-FATES = ("ok",) * 9 + ("bad", "crashes-twice", "crashes-twice", "draws", "crashes")
+FATES = ("ok",) * 9 + ("bad", "crashes-twice", "crashes-twice", "draws", "model", "crashes")
 
 
 def random_workflow(draw: random.Random, name: str, *, is_kind: bool, deadline_s: float = 0.0) -> Manifest:

@@ -227,9 +227,9 @@ class World:
                 self._note_given(state, self.requests[pair].manifest)
                 live.append(e.RecoveredRun(acceptance, self.requests[pair].manifest, self.cancelled.get(pair, "")))
         ended = [(end, self.accepted.get(pair)) for pair, end in self.ended.items()]
-        for record in self.node_records.values():
-            if record.state != "left":
-                self.apply(e.NodeJoined(record))
+        for known in self.node_records.values():
+            if known.state != "left":
+                self.apply(e.NodeJoined(known))
         self.views = {}
         self.apply(e.Recovered(results, live, ended, list(self.stream.values())))
 
