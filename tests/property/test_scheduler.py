@@ -13,6 +13,7 @@ from tests.unit.scheduler.workload import random_requests, random_workflow
 from tests.unit.scheduler.world import Faults, Request, World
 
 from flowmesh_mesh.manifest import ResultRecord, decode_record, record_cid
+from flowmesh_scheduler.core.settings import Settings
 
 SEEDS = int(os.environ.get("FLOWMESH_SEEDS", "60"))
 """Worlds per kind; more of them with FLOWMESH_SEEDS=500."""
@@ -94,6 +95,24 @@ def test_in_a_calm_world_every_key_is_computed_once() -> None:
         world.run_until_calm()
         assert world.executions == len(world.results), f"seed {seed}"
         assert {generation for _, generation in world.results} == {0}
+
+
+def test_a_node_that_lies_cannot_keep_a_run_from_its_end_nor_answer_for_another() -> None:
+    for seed in range(SEEDS):
+        draw = random.Random(f"saboteur {seed}")
+        world = World(seed, Faults(kill=0.05, cut=0.05, forget=0.05), nodes=3, settings=Settings(nodes_lost_limit=1000))
+        world.nodes["n1"].is_saboteur = True
+        requests = random_requests(draw, is_kind=True)
+        for request in requests:
+            world.submit(request, at_s=draw.random() * 5)
+        try:
+            world.run_until_calm(limit_s=2000)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        reasons = {end.reason for end in world.ended.values()}
+        assert reasons <= {"succeeded", "internal", "input-missing"}, f"seed {seed}: {reasons}"
+        receipts = [decode_record(block, ResultRecord).receipt for block in world.results.values()]
+        assert all(world.given[receipt.assignment] == receipt.node for receipt in receipts), f"seed {seed}"
 
 
 def test_the_same_seed_gives_the_same_commands() -> None:

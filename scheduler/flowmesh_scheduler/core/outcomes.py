@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flowmesh_cas.cid import DAG_CBOR, cid_from_digest
+from flowmesh_cas.cid import DAG_CBOR, cid_from_digest, codec_of
+from flowmesh_cas.errors import UsageError
 from flowmesh_mesh import receipts
 from flowmesh_mesh.catalog import CATALOG
-from flowmesh_mesh.manifest import Origin, Receipt, ResultRecord, encode_record, record_cid
+from flowmesh_mesh.manifest import Origin, Receipt, ResultManifest, ResultRecord, encode_record, record_cid
 from flowmesh_mesh.messages import Abort, Commit, Done, Outcome, Reason
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core.commands import Release, Tell
@@ -39,7 +40,7 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
     for index, outcome in enumerate(done.outcomes):
         work = state.works.get(outcome.key)
         if work is not None and _is_expected(work, outcome, done):
-            if outcome.reason == Reason.SUCCEEDED:
+            if outcome.reason == Reason.SUCCEEDED and _is_sound(outcome):
                 if not tree:
                     tree = receipts.levels([receipts.leaf(o) for o in done.outcomes])
                 receipt = Receipt(
@@ -79,6 +80,17 @@ def _is_expected(work: Work, outcome: Outcome, done: Done) -> bool:
         and work.issued.get(done.assignment) == (outcome.attempt, done.node)
         and work.generation == outcome.generation
     )
+
+
+def _is_sound(outcome: Outcome) -> bool:
+    """Tell whether the result is that of the outputs, so that the node's signature covers them, and all can be asked for."""
+    try:
+        for refs in outcome.outputs.values():
+            for ref in refs:
+                codec_of(ref.cid)
+        return outcome.result == record_cid(encode_record(ResultManifest(outcome.outputs)))
+    except UsageError:
+        return False
 
 
 def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:

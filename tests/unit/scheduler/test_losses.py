@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 from tests.unit.scheduler.desk import Desk
 from tests.unit.scheduler.flows import SECOND, Source, chain, content, fan, node_record, operator, result_of, workflow
 
+from flowmesh_mesh.manifest import ResultManifest, encode_record, record_cid
 from flowmesh_mesh.messages import Abort, Commit, Outcome
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
@@ -665,3 +667,21 @@ def test_a_poisonous_operator_is_found_out_although_its_input_never_comes_out_th
         made.forget(content(f"x{number}"))
         made.lose(killer.node)
     assert made.end().reason == "poison"
+
+
+@pytest.mark.parametrize("fault", ["another result", "no result", "no CID"])
+def test_a_result_that_does_not_name_its_outputs_is_a_failure_of_the_node(fault: str) -> None:
+    made = desk("n1")
+    made.submit(chain(1))
+    good = made.outcome(made.only().items[0], "flow.noop", "x")
+    junk = replace(content("x"), cid=b"junk")
+    bad = {
+        "another result": replace(good, result=result_of("flow.noop", "y")[1]),
+        "no result": replace(good, result=b""),
+        "no CID": replace(good, outputs={"out": [junk]}, result=record_cid(encode_record(ResultManifest({"out": [junk]})))),
+    }[fault]
+    made.report(made.only(), [bad])
+    assert not made.ledger
+    made.wait(1, beating=["n1"])
+    made.work_off()
+    assert made.end().reason == "succeeded"

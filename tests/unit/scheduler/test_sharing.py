@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from tests.unit.scheduler.desk import Desk
 from tests.unit.scheduler.flows import chain, content, operator, result_of, workflow
 
+from flowmesh_mesh.manifest import ResultManifest, encode_record, record_cid
 from flowmesh_mesh.messages import Commit
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core import commands as c
@@ -158,7 +159,8 @@ def test_a_result_of_nothing_is_served_without_asking_anybody() -> None:
     made = desk(locates=False)
     made.submit(workflow([operator("o", nonce=1)], {}))
     item = made.only().items[0]
-    made.report(made.only(), [replace(made.outcome(item, "flow.noop"), outputs={})])
+    nothing = record_cid(encode_record(ResultManifest({})))
+    made.report(made.only(), [replace(made.outcome(item, "flow.noop"), outputs={}, result=nothing)])
     made.submit(workflow([operator("o", nonce=1)], {}), "r2", "tb")
     assert made.end("r2", "tb").reason == "succeeded"
 

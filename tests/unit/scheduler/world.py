@@ -64,6 +64,7 @@ class SimNode:
 
     record: NodeRecord
     lacks_model: bool = False
+    is_saboteur: bool = False
     is_alive: bool = True
     is_connected: bool = True
     epoch: int = 0
@@ -111,6 +112,7 @@ class World:
         self.cancelled: dict[Pair, str] = {}
         self.ended: dict[Pair, RunEnd] = {}
         self.stream: dict[str, Assignment] = {}
+        self.given: dict[str, str] = {}
         self.node_records: dict[str, NodeRecord] = {}
         self.hub: set[bytes] = set()
         self.requests: dict[Pair, Request] = {}
@@ -285,6 +287,7 @@ class World:
 
     def _store_assignment(self, assignment: Assignment) -> None:
         self.stream[assignment.id] = assignment
+        self.given[assignment.id] = assignment.node
         self._deliver(assignment)
 
     def _release(self, command: c.Release) -> None:
@@ -411,8 +414,34 @@ class World:
         left = node.left.get(assignment.id)
         if not node.is_alive or node.record.started_at_us != life or left is None or item.key not in left:
             return
+        if node.is_saboteur and self.random.random() < 0.5:
+            self._sabotage(node, assignment, item)
+            return
         del left[item.key]
         self._report(node, assignment, [self._execute(node, assignment, item)])
+
+    def _sabotage(self, node: SimNode, assignment: Assignment, item: Item) -> None:
+        """Answer as no honest node would."""
+        left, draw = node.left[assignment.id], self.random.randrange(6)
+        outcome, _ = self._execute(node, assignment, item)
+        if draw == 0:  # what it claims to have made it does not have
+            node.blocks -= {ref.cid for refs in outcome.outputs.values() for ref in refs}
+        elif draw == 1:
+            outcome = replace(outcome, reason="cancelled", outputs={}, result=b"")
+        elif draw == 2:
+            outcome = replace(outcome, reason="for no reason", outputs={}, result=b"")
+        elif draw == 3:
+            outcome = replace(outcome, attempt=outcome.attempt + 1)
+        elif draw == 4:  # a last part with something of everything missing
+            left.clear()
+            left.update({item.key: item})
+        elif others := [a for a in self.stream.values() if a.node != node.name]:
+            victim = self.random.choice(others)
+            forged = [replace(outcome, key=i.key, generation=i.generation, attempt=i.attempt) for i in victim.items]
+            done = Done(node.name, victim.id, victim.epoch, tuple(forged), f"U{node.name}", b"signed", last=True)
+            self._to_leader(lambda: e.DoneReceived(done))
+        del left[item.key]
+        self._report(node, assignment, [(outcome, {})])
 
     def _report(self, node: SimNode, assignment: Assignment, outcomes: list[tuple[Outcome, dict[bytes, bytes]]]) -> None:
         blocks: dict[bytes, bytes] = {}
