@@ -28,17 +28,18 @@ class Outbox:
         """Move a vertex and note it for whoever watches."""
         if vertex.state is state:
             return
-        run = vertex.run
+        run, before = vertex.run, vertex.state
         counts = run.counts
-        counts[vertex.state.value] = counts.get(vertex.state.value, 0) - 1
-        counts[state.value] = counts.get(state.value, 0) + 1
-        if state.is_final != vertex.state.is_final:
+        counts[before.word] = counts.get(before.word, 0) - 1
+        counts[state.word] = counts.get(state.word, 0) + 1
+        if state.is_final != before.is_final:
             run.unfinished += -1 if state.is_final else 1
         vertex.state = state
+        pair = run.id_pair
         if state is not VertexState.READY and state is not VertexState.WAITING:
-            run.changes.append((vertex.index, state.value, vertex.node, vertex.reason, vertex.shared))
-            self.changed[run.id_pair] = run
-        self.touched[run.id_pair] = run
+            run.changes.append((vertex.index, state.word, vertex.node, vertex.reason, vertex.shared))
+            self.changed[pair] = run
+        self.touched[pair] = run
 
     def close(self) -> list[Command]:
         """Return all commands of the step: commits first, to be on their way while the rest is prepared; ends of runs last."""

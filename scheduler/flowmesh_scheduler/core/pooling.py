@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 from flowmesh_mesh.catalog import CATALOG
+from flowmesh_mesh.manifest import Resources
 from flowmesh_mesh.messages import Reason
 from flowmesh_scheduler.core.events import Located
 from flowmesh_scheduler.core.outbox import Outbox
@@ -18,6 +19,8 @@ from flowmesh_scheduler.core.planning import (
     wait_for_sources,
 )
 from flowmesh_scheduler.core.state import PoolKey, State, Vertex, VertexState, Work, WorkState
+
+_NO_DEMAND = Resources()
 
 
 def queue(state: State, work: Work, out: Outbox) -> None:
@@ -53,8 +56,9 @@ def pool_key(work: Work) -> PoolKey:
         kind = work.batch_key
     else:
         kind = "|".join([operator.type, operator.numeric, *work.model_digests.values()])
-    avoided, unfit = tuple(sorted(work.avoided)), tuple(sorted(work.unfit))
-    return (kind, operator.resources, work.timeout_s, avoided, unfit)
+    if not (work.timeout_s or work.avoided or work.unfit or operator.resources != _NO_DEMAND):
+        return kind
+    return (kind, operator.resources, work.timeout_s, tuple(sorted(work.avoided)), tuple(sorted(work.unfit)))
 
 
 def release_delayed(state: State, now_us: int) -> None:

@@ -18,7 +18,7 @@ from flowmesh_scheduler.core.settings import Settings
 
 
 class VertexState(Enum):
-    """Life of an operator in a run."""
+    """Life of an operator in a run. ``word`` is the value as a plain attribute: it is read several times for every operator."""
 
     WAITING = "waiting"
     READY = "ready"
@@ -28,12 +28,9 @@ class VertexState(Enum):
     SKIPPED = "skipped"
     CANCELLED = "cancelled"
 
-    @property
-    def is_final(self) -> bool:
-        return self in _FINAL
-
-
-_FINAL = frozenset({VertexState.DONE, VertexState.FAILED, VertexState.SKIPPED, VertexState.CANCELLED})
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.is_final = word in ("done", "failed", "skipped", "cancelled")
 
 
 class WorkState(Enum):
@@ -159,8 +156,10 @@ class Work:
         return found
 
 
-PoolKey = tuple[str, Resources, float, tuple[str, ...], tuple[str, ...]]
-"""What work must share to wait in one queue: type, models and options; resources; time limit; nodes avoided; nodes unfit."""
+PoolKey = str | tuple[str, Resources, float, tuple[str, ...], tuple[str, ...]]
+"""What work must share to wait in one queue: type, models and options; resources; time limit; nodes avoided; nodes unfit.
+
+The first alone where there is nothing else to say, as for nearly all work: it is looked up many times."""
 
 
 @dataclass(slots=True, eq=False)
