@@ -24,7 +24,7 @@ test: lint types ## Lint, types, layers and all tests
 
 lint: setup ## Style (ruff) and layers (import-linter)
 	@.venv/bin/ruff check --quiet .
-	@.venv/bin/ruff format --check --quiet .
+	@out=$$(.venv/bin/ruff format --check . 2>&1) || { echo "$$out"; exit 1; }
 	@out=$$(.venv/bin/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 
 types: setup ## Types (mypy, strict)
