@@ -24,7 +24,7 @@ from flowmesh_mesh import subjects, transfer
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.bus import Delivery as Message
 from flowmesh_mesh.credentials import Credentials
-from flowmesh_mesh.messages import Abort, Beat, Commit, Epoch, Log, NodeRecord, Resolve, Resolved, decode, encode
+from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Epoch, Log, NodeRecord, Resolve, Resolved, decode, encode
 from flowmesh_node.delivery import Delivery
 from flowmesh_node.epochs import Epochs
 from flowmesh_node.executors import Executors, executor_environment
@@ -47,7 +47,7 @@ BEAT_SPACING_S = 0.1
 """Least time between two heartbeats, so that a burst of changes is one message."""
 
 VERSIONS = ("flowmesh-nats", "torch", "transformers", "trl", "peft", "duckdb")
-Control = Commit | Abort | Resolve | Epoch
+Control = Assignment | Commit | Abort | Resolve | Epoch
 
 
 class Agent:
@@ -243,6 +243,8 @@ class Agent:
             log.warning("refused a control message: %s", error.message)
             return
         match control:
+            case Assignment():
+                self.intake.hear(control)
             case Commit():
                 self.intake.commit(control)
             case Abort():

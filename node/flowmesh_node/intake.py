@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ from flowmesh_node.runner import Runner
 
 log = logging.getLogger("flowmesh.node")
 
+CLOSED_REMEMBERED = 4096
+"""Closed assignments whose stored copy may still arrive."""
+
 RENEW_S = 10.0
 """How often the broker is told that a held assignment is still in hand; well below the consumer's 30 s."""
 
@@ -40,6 +44,7 @@ class Intake:
     runner: Runner
     on_change: Callable[[], None]
     held: dict[str, Held] = field(default_factory=dict)
+    closed: OrderedDict[str, None] = field(default_factory=OrderedDict)
     is_draining: bool = False
     taken: int = 0
     settled: int = 0
@@ -65,16 +70,23 @@ class Intake:
             return
         if assignment.id in self.held:
             self.held[assignment.id].message = message  # it came again; the latest delivery is the one to acknowledge
-            return
-        if self.is_draining:
-            return
-        self._take(assignment, message)
+        elif assignment.id in self.closed:
+            message.post_ack()
+        elif not self.is_draining:
+            self._take(assignment, message)
+
+    def hear(self, assignment: Assignment) -> None:
+        """Begin an assignment that the leader is still writing to the stream: only work that may run in vain comes this way."""
+        if assignment.node != self.node or self.epochs.is_stale(assignment.epoch):
+            log.warning("refused %s: epoch %d of %s", assignment.id, assignment.epoch, assignment.node)
+        elif assignment.id not in self.held and assignment.id not in self.closed and not self.is_draining:
+            self._take(assignment, None)
 
     def _refuse(self, message: Message) -> None:
         task = asyncio.ensure_future(message.term())
         task.add_done_callback(lambda done: done.exception())
 
-    def _take(self, assignment: Assignment, message: Message) -> None:
+    def _take(self, assignment: Assignment, message: Message | None) -> None:
         self.epochs.see(assignment.epoch)
         self.taken += 1
         held = self.held[assignment.id] = Held(assignment, message)
@@ -153,6 +165,9 @@ class Intake:
         if not message.closed:
             return
         self.settled += 1
+        self.closed[message.assignment] = None
+        if len(self.closed) > CLOSED_REMEMBERED:
+            self.closed.popitem(last=False)
         held = self.held.pop(message.assignment, None)
         self.delivery.settle(message.assignment)
         if held is not None:

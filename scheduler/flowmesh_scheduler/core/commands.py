@@ -20,10 +20,14 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Publish a batch to a node, fenced by the epoch. ``why`` holds the terms of its utility."""
+    """Publish a batch to a node, fenced by the epoch. ``why`` holds the terms of its utility.
+
+    ``may_run_in_vain``: running it has no effect but its results, so the node may begin before the assignment is durable.
+    """
 
     assignment: Assignment
     why: Mapping[str, float]
+    may_run_in_vain: bool = False
 
 
 @dataclass(frozen=True, slots=True)

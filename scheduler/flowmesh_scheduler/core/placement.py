@@ -179,9 +179,11 @@ def _assign(state: State, candidate: Candidate, now_us: int, out: Outbox) -> Non
         lease_s=state.settings.lease_s,
         memory_bytes=max(w.operator.resources.memory_bytes for w in works),
         numeric=head.operator.numeric,
+        life=node.record.started_at_us,
     )
     hand_over(state, node, Outstanding(identity, node.name, executor, {w.key: w for w in works}, {w.key for w in works}, now_us))
-    out.add(Assign(assignment, candidate.terms))
+    may_run_in_vain = all(w.operator.determinism != "effect" for w in works)
+    out.add(Assign(assignment, candidate.terms, may_run_in_vain))
 
 
 def _item(state: State, work: Work, assignment: str, node: str, now_us: int, out: Outbox) -> Item:
