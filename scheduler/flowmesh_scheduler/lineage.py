@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flowmesh_cas.cid import DAG_CBOR, cid_from_digest, cid_text
+from flowmesh_cas.cid import DAG_CBOR, RAW, cid_from_digest, cid_text
 from flowmesh_cas.errors import NotFoundError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.identity import identity_record
@@ -49,7 +49,15 @@ async def of_run(leader: Leader, run: Run, roots: list[Vertex] | None = None) ->
         "records": [row for _, row in sorted(by_index.items())],
         "inputs": sorted(inputs),
         "models": models,
+        "model_cids": {reference: _model_cid(reference, digest) for reference, digest in models.items()},
     }
+
+
+def _model_cid(reference: str, digest: str) -> str:
+    """Return the CID that names a model: its own, or the raw CID of the digest that it was pinned to."""
+    if reference.startswith("cid:"):
+        return reference.removeprefix("cid:")
+    return cid_text(cid_from_digest(RAW, bytes.fromhex(digest.removeprefix("sha256:"))))
 
 
 async def of_content(leader: Leader, tenant: str, cid: bytes) -> dict[str, Any]:

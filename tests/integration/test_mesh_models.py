@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flowmesh_cas.cid import cid_parse
 from flowmesh_deploy.embedded import embedded_mesh
 from flowmesh_mesh.client import connect
 from flowmesh_mesh.client.run import Run
@@ -82,6 +83,10 @@ async def run_workflow(folder: Path, *, kill: bool) -> tuple[dict[str, str], lis
             mesh.kill_node(node)
         await run.result(timeout_s=DEADLINE_S)
         rows = await run.operators()
+        lineage = await run.lineage()
+    assert lineage["models"].keys() == {MODEL}
+    assert cid_parse(lineage["model_cids"][MODEL])[4:].hex() == lineage["models"][MODEL].removeprefix("sha256:")
+    assert {row["name"] for row in lineage["records"]} >= {"train", "pairs", "samples-0", "after"}
     return {row["name"]: row["result"] for row in rows}, rows
 
 

@@ -118,5 +118,6 @@ def lineage_lines(found: dict[str, Any]) -> list[str]:
     models = found.get("models") or {}
     lines += ["", f"{len(records)} records, {len(given)} inputs given by the author, {len(models)} models"]
     lines += [f"input {cid}" for cid in given]
-    lines += [clean(f"model {reference}: {digest}") for reference, digest in models.items()]
+    cids = found.get("model_cids") or {}
+    lines += [clean(f"model {cids.get(reference) or digest} ({reference}, {digest})") for reference, digest in models.items()]
     return lines
