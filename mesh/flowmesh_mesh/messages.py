@@ -157,7 +157,10 @@ class Item(_Message, frozen=True):
 
 
 class Assignment(_Message, frozen=True, tag="assignment/1"):
-    """A batch for one node, under an epoch, with a lease. All items share type, models, code and engine options."""
+    """A batch for one node, under an epoch, with a lease. All items share type, models, code and engine options.
+
+    ``life`` is when the node that it was given to had started: after another start nobody works on it any more.
+    """
 
     epoch: int
     id: str
@@ -173,6 +176,7 @@ class Assignment(_Message, frozen=True, tag="assignment/1"):
     lease_s: float = 10.0
     memory_bytes: int = 0
     numeric: str = "any"
+    life: int = 0
 
 
 class Outcome(_Message, frozen=True):

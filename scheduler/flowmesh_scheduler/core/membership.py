@@ -5,12 +5,11 @@ from __future__ import annotations
 from flowmesh_mesh.messages import Beat, Commit, NodeRecord, Reason
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import adopt, release
+from flowmesh_scheduler.core.outcomes import adopt, release, take_back
 from flowmesh_scheduler.core.planning import fail_work
 from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, WorkState
 
 _CHEAP = frozenset({"inline", "data"})
-_TAKEN_BACK_LIMIT = 10_000
 
 
 def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> None:
@@ -126,9 +125,7 @@ def _take_back(state: State, node: Node, out: Outbox, *, counts_as_loss: bool) -
 def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_loss: bool) -> None:
     works = release(state, outstanding, out)
     life = state.nodes[outstanding.node].record.started_at_us
-    state.taken_back[outstanding.id] = TakenBack(outstanding.node, life, tuple(w.key for w in works), counts_as_loss)
-    if len(state.taken_back) > _TAKEN_BACK_LIMIT:
-        del state.taken_back[next(iter(state.taken_back))]
+    take_back(state, outstanding.id, TakenBack(outstanding.node, life, tuple(w.key for w in works), counts_as_loss))
     for work in works:
         work.assignment = ""
         work.avoided.add(outstanding.node)

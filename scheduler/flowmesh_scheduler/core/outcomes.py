@@ -15,7 +15,7 @@ from flowmesh_scheduler.core.commands import Release, Tell
 from flowmesh_scheduler.core.events import Committed, DoneReceived
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.planning import deliver, fail_work, plan_again, settle
-from flowmesh_scheduler.core.state import Node, Outstanding, Result, Speed, State, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import Node, Outstanding, Result, Speed, State, TakenBack, Vertex, VertexState, Work, WorkState
 
 _RETRIED = frozenset({Reason.CRASHED, Reason.OOM, Reason.TIMEOUT, Reason.INTERNAL})
 _UNFIT = frozenset({Reason.MODEL_MISSING, Reason.UNSATISFIABLE})
@@ -24,6 +24,7 @@ _FAILURES = {reason.value: reason for reason in (*_RETRIED, *_UNFIT, Reason.USER
 
 _INPUT_MISSES_LIMIT = 5
 _MISS_PAUSE_S = 0.25
+_TAKEN_BACK_LIMIT = 10_000
 
 INLINE_MAX_BYTES = 4096
 """Results up to this size are kept by the ledger itself."""
@@ -114,6 +115,13 @@ def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int
     executor = executor_of(next(iter(attempts)))
     works = {work.key: work for work in attempts}
     hand_over(state, node, Outstanding(assignment, node.name, executor, works, set(works), now_us))
+
+
+def take_back(state: State, assignment: str, taken: TakenBack) -> None:
+    """Remember that a node may still be working on what it was given; the oldest memories go."""
+    state.taken_back[assignment] = taken
+    if len(state.taken_back) > _TAKEN_BACK_LIMIT:
+        del state.taken_back[next(iter(state.taken_back))]
 
 
 def free_slot(state: State, outstanding: Outstanding) -> None:

@@ -9,9 +9,9 @@ from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import adopt
+from flowmesh_scheduler.core.outcomes import adopt, take_back
 from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
-from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import Result, Run, State, TakenBack, Vertex, VertexState, Work, WorkState
 
 
 def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> None:
@@ -85,7 +85,10 @@ def _follow_results(state: State, run: Run, out: Outbox) -> None:
 
 
 def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> None:
-    """An assignment of an earlier epoch goes on where its node is known; otherwise it is released."""
+    """An assignment of an earlier epoch goes on where its node is known and has not started again.
+
+    Otherwise it is released; what its node may have done of it is taken when it comes.
+    """
     node = state.nodes.get(assignment.node)
     attempts: dict[Work, int] = {}
     for item in assignment.items:
@@ -94,7 +97,11 @@ def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> N
             continue
         if work.state in (WorkState.QUEUED, WorkState.LOCATING):
             attempts[work] = item.attempt
-    if node is None or not attempts:
-        out.add(Release(assignment.id, assignment.node))
-    else:
+    if node is not None and attempts and assignment.life == node.record.started_at_us:
         adopt(state, node, assignment.id, attempts, now_us, out)
+        return
+    out.add(Release(assignment.id, assignment.node))
+    take_back(state, assignment.id, TakenBack(assignment.node, assignment.life, tuple(w.key for w in attempts), False))
+    for work, attempt in attempts.items():
+        work.attempts = max(work.attempts, attempt)
+        work.issued[assignment.id] = (attempt, assignment.node)

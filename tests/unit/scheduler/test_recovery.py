@@ -203,3 +203,22 @@ def test_a_replayed_history_ends_as_the_leader_that_lived() -> None:
         after.work_off()
         assert {run: end.reason for (_, run), end in after.ended.items()} == {"r1": "succeeded", "r2": "succeeded"}
         assert after.ended["ta", "r1"].counts == {"done": 4}
+
+
+def test_an_assignment_of_an_earlier_life_of_its_agent_is_not_adopted_but_its_results_are_taken() -> None:
+    """The agent has started again since: it may hold a part of the answer in its spool, and will never work on the rest."""
+    made = desk()
+    made.submit(fan(3))
+    old = made.only()
+    made.manifests = dict(made.manifests)
+    after = Desk(epoch=200, now_us=made.now_us)
+    after.manifests = dict(made.manifests)
+    after.join("n1", started_at_us=2)
+    after.apply(made.recovered())
+    assert [x.assignment for x in after.of(after.commands, c.Release)] == [old.id]
+    assert after.only().id != old.id
+    after.report(old, [after.outcome(old.items[0], "flow.noop", "spooled")], last=False)
+    assert [r.receipt.assignment for r in after.records()] == [old.id]
+    after.beat("n1", [old.id, *after.assigned])
+    after.work_off()
+    assert after.end().reason == "succeeded"
