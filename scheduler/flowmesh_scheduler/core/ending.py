@@ -8,7 +8,7 @@ from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core.commands import EndRun, Keep, RecordCancel
 from flowmesh_scheduler.core.events import CancelRequested, Kept
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import take_away
+from flowmesh_scheduler.core.outstanding import take_away
 from flowmesh_scheduler.core.planning import detach, reopen
 from flowmesh_scheduler.core.state import Run, State, Vertex, VertexState, WorkState
 

@@ -24,6 +24,8 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequested:
+    """A tenant, or whoever may, wants a run to stop."""
+
     tenant: str
     run: str
     actor: str
@@ -31,11 +33,15 @@ class CancelRequested:
 
 @dataclass(frozen=True, slots=True)
 class NodeJoined:
+    """A node says what it is: when it starts, when that changes, when it leaves."""
+
     record: NodeRecord
 
 
 @dataclass(frozen=True, slots=True)
 class BeatReceived:
+    """A node is alive and tells what it holds."""
+
     beat: Beat
 
 

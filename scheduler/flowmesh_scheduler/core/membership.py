@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowmesh_mesh.messages import Beat, Commit, NodeRecord, Reason
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import adopt, release, take_back
+from flowmesh_scheduler.core.outstanding import adopt, release, take_back
 from flowmesh_scheduler.core.planning import fail_work
 from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, WorkState
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from flowmesh_cas.cid import DAG_CBOR, cid_from_digest, codec_of
 from flowmesh_cas.errors import UsageError
 from flowmesh_mesh import receipts
-from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.manifest import Origin, Receipt, ResultManifest, ResultRecord, encode_record, record_cid
-from flowmesh_mesh.messages import Abort, Commit, Done, Outcome, Reason
+from flowmesh_mesh.messages import Commit, Done, Outcome, Reason
 from flowmesh_mesh.subjects import HUB
-from flowmesh_scheduler.core.commands import Release, Tell
+from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.events import Committed, DoneReceived
 from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.outstanding import close_if_empty, executor_of, free_slot, hand_over, note_answer, take_away
 from flowmesh_scheduler.core.planning import deliver, fail_work, plan_again, settle
-from flowmesh_scheduler.core.state import Node, Outstanding, Result, Speed, State, TakenBack, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import Node, Outstanding, Result, Speed, State, Vertex, VertexState, Work, WorkState
 
 _RETRIED = frozenset({Reason.CRASHED, Reason.OOM, Reason.TIMEOUT, Reason.INTERNAL})
 _UNFIT = frozenset({Reason.MODEL_MISSING, Reason.UNSATISFIABLE})
@@ -24,7 +24,6 @@ _FAILURES = {reason.value: reason for reason in (*_RETRIED, *_UNFIT, Reason.USER
 
 _INPUT_MISSES_LIMIT = 5
 _MISS_PAUSE_S = 0.25
-_TAKEN_BACK_LIMIT = 10_000
 
 INLINE_MAX_BYTES = 4096
 """Results up to this size are kept by the ledger itself."""
@@ -62,7 +61,7 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                 _forget(outstanding, work)
                 _fail(state, work, outcome, done.node, now_us, out)
         if outstanding is not None:
-            _note_answer(state, outstanding, outcome.key)
+            note_answer(state, outstanding, outcome.key)
     if outstanding is not None:
         if done.last:
             free_slot(state, outstanding)
@@ -92,64 +91,6 @@ def _is_sound(outcome: Outcome) -> bool:
         return outcome.result == record_cid(encode_record(ResultManifest(outcome.outputs)))
     except UsageError:
         return False
-
-
-def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
-    """Note that a node has an assignment; it takes a slot while something of it runs."""
-    state.assignments[outstanding.id] = node.assignments[outstanding.id] = outstanding
-    if outstanding.running:
-        node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
-
-
-def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int], now_us: int, out: Outbox) -> None:
-    """Let work go on in an assignment that its node has in hand; ``attempts`` tells which attempt each is."""
-    for work, attempt in attempts.items():
-        work.state = WorkState.ASSIGNED
-        work.assignment = assignment
-        work.not_before_us = 0
-        work.attempts = max(work.attempts, attempt)
-        work.issued[assignment] = (attempt, node.name)
-        for vertex in work.waiters:
-            vertex.node, vertex.attempt, vertex.started_at_us = node.name, attempt, now_us
-            out.set_state(vertex, VertexState.ASSIGNED)
-    executor = executor_of(next(iter(attempts)))
-    works = {work.key: work for work in attempts}
-    hand_over(state, node, Outstanding(assignment, node.name, executor, works, set(works), now_us))
-
-
-def take_back(state: State, assignment: str, taken: TakenBack) -> None:
-    """Remember that a node may still be working on what it was given; the oldest memories go."""
-    state.taken_back[assignment] = taken
-    if len(state.taken_back) > _TAKEN_BACK_LIMIT:
-        del state.taken_back[next(iter(state.taken_back))]
-
-
-def free_slot(state: State, outstanding: Outstanding) -> None:
-    """The node has nothing left to run of this assignment: it can take another."""
-    if outstanding.running:
-        outstanding.running.clear()
-        state.nodes[outstanding.node].busy[outstanding.executor] -= 1
-
-
-def _note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:
-    if outstanding.running == {key}:
-        free_slot(state, outstanding)
-    else:
-        outstanding.running.discard(key)
-
-
-def close_if_empty(state: State, outstanding: Outstanding, out: Outbox) -> None:
-    """Once every item is committed, failed or taken away, the node may drop the assignment."""
-    if outstanding.open or state.assignments.get(outstanding.id) is not outstanding:
-        return
-    _drop(state, outstanding)
-    out.add(Tell(outstanding.node, Commit(state.epoch, outstanding.id, tuple(outstanding.confirmed), closed=True)))
-
-
-def _drop(state: State, outstanding: Outstanding) -> None:
-    free_slot(state, outstanding)
-    del state.assignments[outstanding.id]
-    state.nodes[outstanding.node].assignments.pop(outstanding.id, None)
 
 
 def _adopt_late(state: State, done: Done, works: dict[bytes, Work], now_us: int) -> None:
@@ -368,26 +309,3 @@ def _settle_committed(state: State, vertex: Vertex, result: Result, out: Outbox)
         out.set_state(vertex, VertexState.CANCELLED)
     else:
         plan_again(state, vertex, out)
-
-
-def take_away(state: State, work: Work, out: Outbox) -> None:
-    """Stop the attempt that runs for this work: its result is not wanted any more."""
-    outstanding = state.assignments.get(work.assignment)
-    work.assignment = ""
-    if outstanding is None or outstanding.open.pop(work.key, None) is None:
-        return
-    out.add(Tell(outstanding.node, Abort(state.epoch, outstanding.id, (work.key,), "no longer needed")))
-    _note_answer(state, outstanding, work.key)
-    close_if_empty(state, outstanding, out)
-
-
-def release(state: State, outstanding: Outstanding, out: Outbox) -> Sequence[Work]:
-    """Take a whole assignment back; return the work that was still open."""
-    _drop(state, outstanding)
-    out.add(Release(outstanding.id, outstanding.node))
-    return [w for w in outstanding.open.values() if w.assignment == outstanding.id and w.state is WorkState.ASSIGNED]
-
-
-def executor_of(work: Work) -> str:
-    """Return the kind of executor that runs this work."""
-    return CATALOG[work.operator.type].executor

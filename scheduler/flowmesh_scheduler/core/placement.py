@@ -14,7 +14,8 @@ from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.messages import Assignment, Item, Located
 from flowmesh_scheduler.core.commands import Assign
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import can_run, executor_of, hand_over, speed_key
+from flowmesh_scheduler.core.outcomes import can_run, speed_key
+from flowmesh_scheduler.core.outstanding import executor_of, hand_over
 from flowmesh_scheduler.core.state import Node, Outstanding, PoolKey, State, VertexState, Work, WorkState
 
 _QUEUES_CONSIDERED = 64

@@ -9,7 +9,7 @@ from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import adopt, take_back
+from flowmesh_scheduler.core.outstanding import adopt, take_back
 from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
 from flowmesh_scheduler.core.state import Result, Run, State, TakenBack, Vertex, VertexState, Work, WorkState
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tests.unit.scheduler.flows import SECOND, manifest_cid, node_record, result_of
+from tests.unit.scheduler.flows import SECOND, content, manifest_cid, node_record, result_of
 
 from flowmesh_mesh.manifest import Manifest, Metered, Ref, ResultRecord, RunEnd, decode_record, record_cid
-from flowmesh_mesh.messages import Assignment, Beat, Done, Item, NodeRecord, Outcome
+from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Done, Item, NodeRecord, Outcome
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
@@ -256,6 +256,15 @@ class Desk:
 
     def of(self, commands: Iterable[c.Command], kind: type[C]) -> list[C]:
         return [command for command in commands if isinstance(command, kind)]
+
+    def told(self, commands: Iterable[c.Command], node: str) -> list[Commit | Abort]:
+        """Return what a node was told."""
+        return [command.message for command in commands if isinstance(command, c.Tell) and command.node == node]
+
+    def lose_input(self, consumer: str, *labels: str) -> None:
+        """Let a consumer report inputs that nobody holds any more."""
+        self.forget(*(content(label) for label in labels))
+        self.answer(consumer, reason="input-missing", missing=tuple(content(label).cid for label in labels))
 
     def forget(self, ref: Ref, *more: Ref) -> None:
         """Let nobody hold these contents any more, until somebody makes them again."""

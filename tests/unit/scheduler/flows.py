@@ -22,6 +22,7 @@ from flowmesh_mesh.manifest import (
 from flowmesh_mesh.messages import Device, NodeRecord
 
 SECOND = 1_000_000
+TRAIN: dict[str, Any] = {"type": "train.sft", "params": {"seed": 1}}
 EVERY_TYPE = ("flow.noop", "data.sql", "data.split", "python.call", "llm.generate", "train.sft")
 PORT_OF = {"flow.noop": "out", "python.call": "out", "data.split": "parts", "train.sft": "adapter"}
 KIND_OF = {"flow.noop": "value", "python.call": "value", "train.sft": "folder"}
@@ -110,6 +111,7 @@ def gpu(memory_bytes: int = 1 << 34) -> Device:
 __all__ = [
     "EVERY_TYPE",
     "SECOND",
+    "TRAIN",
     "Manifest",
     "Operator",
     "Resources",

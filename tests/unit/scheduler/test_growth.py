@@ -13,7 +13,7 @@ from tests.unit.scheduler.flows import Resources, Retry, chain, fan, operator, w
 
 from flowmesh_scheduler.core import events as e
 
-SIZE = 1000
+SIZE = 600
 GROWTH_MAX = 2.3
 NEVER = 1 << 60
 

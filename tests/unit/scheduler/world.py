@@ -262,6 +262,8 @@ class World:
             acceptance = command.acceptance
             write(lambda: self.accepted.__setitem__((acceptance.tenant, acceptance.run), acceptance))
         elif isinstance(command, c.Assign):
+            if command.may_run_in_vain and self.random.random() < 0.5:
+                self._soon(lambda: self._receive(self.nodes[command.assignment.node], command.assignment, is_direct=True))
             write(lambda: self._store_assignment(command.assignment))
         elif isinstance(command, c.CommitResults):
             write(lambda: self._store_results(command, state))
@@ -395,12 +397,14 @@ class World:
     def _deliver(self, assignment: Assignment) -> None:
         self._soon(lambda: self._receive(self.nodes[assignment.node], assignment))
 
-    def _receive(self, node: SimNode, assignment: Assignment) -> None:
-        if not node.is_there or assignment.id in node.held or assignment.id not in self.stream:
+    def _receive(self, node: SimNode, assignment: Assignment, is_direct: bool = False) -> None:
+        """Take an assignment from the stream, or straight from a leader that may have been deposed before it was stored."""
+        if not node.is_there or assignment.id in node.held or not (is_direct or assignment.id in self.stream):
             return
         if assignment.epoch < node.epoch:
-            del self.stream[assignment.id]
+            self.stream.pop(assignment.id, None)
             return
+        self.given[assignment.id] = assignment.node
         node.epoch = assignment.epoch
         node.held[assignment.id] = assignment
         if any(part.done.last for part in node.spool.get(assignment.id, ())):

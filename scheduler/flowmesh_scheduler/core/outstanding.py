@@ -1,0 +1,94 @@
+"""Assignments in the hands of nodes: given, adopted, answered, taken away, released, closed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flowmesh_mesh.catalog import CATALOG
+from flowmesh_mesh.messages import Abort, Commit
+from flowmesh_scheduler.core.commands import Release, Tell
+from flowmesh_scheduler.core.outbox import Outbox
+from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, VertexState, Work, WorkState
+
+_TAKEN_BACK_LIMIT = 10_000
+
+
+def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
+    """Note that a node has an assignment; it takes a slot while something of it runs."""
+    state.assignments[outstanding.id] = node.assignments[outstanding.id] = outstanding
+    if outstanding.running:
+        node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
+
+
+def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int], now_us: int, out: Outbox) -> None:
+    """Let work go on in an assignment that its node has in hand; ``attempts`` tells which attempt each is."""
+    for work, attempt in attempts.items():
+        work.state = WorkState.ASSIGNED
+        work.assignment = assignment
+        work.not_before_us = 0
+        work.attempts = max(work.attempts, attempt)
+        work.issued[assignment] = (attempt, node.name)
+        for vertex in work.waiters:
+            vertex.node, vertex.attempt, vertex.started_at_us = node.name, attempt, now_us
+            out.set_state(vertex, VertexState.ASSIGNED)
+    executor = executor_of(next(iter(attempts)))
+    works = {work.key: work for work in attempts}
+    hand_over(state, node, Outstanding(assignment, node.name, executor, works, set(works), now_us))
+
+
+def take_back(state: State, assignment: str, taken: TakenBack) -> None:
+    """Remember that a node may still be working on what it was given; the oldest memories go."""
+    state.taken_back[assignment] = taken
+    if len(state.taken_back) > _TAKEN_BACK_LIMIT:
+        del state.taken_back[next(iter(state.taken_back))]
+
+
+def free_slot(state: State, outstanding: Outstanding) -> None:
+    """The node has nothing left to run of this assignment: it can take another."""
+    if outstanding.running:
+        outstanding.running.clear()
+        state.nodes[outstanding.node].busy[outstanding.executor] -= 1
+
+
+def note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:
+    if outstanding.running == {key}:
+        free_slot(state, outstanding)
+    else:
+        outstanding.running.discard(key)
+
+
+def close_if_empty(state: State, outstanding: Outstanding, out: Outbox) -> None:
+    """Once every item is committed, failed or taken away, the node may drop the assignment."""
+    if outstanding.open or state.assignments.get(outstanding.id) is not outstanding:
+        return
+    _drop(state, outstanding)
+    out.add(Tell(outstanding.node, Commit(state.epoch, outstanding.id, tuple(outstanding.confirmed), closed=True)))
+
+
+def _drop(state: State, outstanding: Outstanding) -> None:
+    free_slot(state, outstanding)
+    del state.assignments[outstanding.id]
+    state.nodes[outstanding.node].assignments.pop(outstanding.id, None)
+
+
+def take_away(state: State, work: Work, out: Outbox) -> None:
+    """Stop the attempt that runs for this work: its result is not wanted any more."""
+    outstanding = state.assignments.get(work.assignment)
+    work.assignment = ""
+    if outstanding is None or outstanding.open.pop(work.key, None) is None:
+        return
+    out.add(Tell(outstanding.node, Abort(state.epoch, outstanding.id, (work.key,), "no longer needed")))
+    note_answer(state, outstanding, work.key)
+    close_if_empty(state, outstanding, out)
+
+
+def release(state: State, outstanding: Outstanding, out: Outbox) -> Sequence[Work]:
+    """Take a whole assignment back; return the work that was still open."""
+    _drop(state, outstanding)
+    out.add(Release(outstanding.id, outstanding.node))
+    return [w for w in outstanding.open.values() if w.assignment == outstanding.id and w.state is WorkState.ASSIGNED]
+
+
+def executor_of(work: Work) -> str:
+    """Return the kind of executor that runs this work."""
+    return CATALOG[work.operator.type].executor

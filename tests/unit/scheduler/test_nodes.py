@@ -1,0 +1,201 @@
+"""Nodes that vanish, fall silent, crash, leave, come back: what they held goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.scheduler.desk import Desk
+from tests.unit.scheduler.flows import SECOND, TRAIN, chain, content, node_record, operator, workflow
+
+from flowmesh_mesh.messages import Commit
+from flowmesh_scheduler.core import commands as c
+from flowmesh_scheduler.core import events as e
+from flowmesh_scheduler.core.settings import Settings
+
+
+def desk(*nodes: str, **fields: Any) -> Desk:
+    made = Desk(**fields)
+    made.join(*(nodes or ("n1", "n2")))
+    return made
+
+
+def test_work_of_a_killed_node_runs_elsewhere() -> None:
+    made = desk()
+    made.submit(chain(1))
+    first = made.only()
+    commands = made.lose(first.node)
+    assert [x.assignment for x in made.of(commands, c.Release)] == [first.id]
+    assert made.only().node != first.node
+    assert made.only().items[0].attempt == 2
+    made.succeed(made.only())
+    assert made.end().reason == "succeeded"
+
+
+def test_a_lost_node_is_avoided_after_it_has_come_back() -> None:
+    made = desk("n1")
+    made.submit(chain(1))
+    made.lose("n1")
+    made.join("n2", "n1", started_at_us=2)
+    assert made.only().node == "n2"
+
+
+def test_the_only_node_is_used_again_although_it_was_lost_before() -> None:
+    made = desk("n1")
+    made.submit(chain(1))
+    made.lose("n1")
+    assert not made.assigned
+    made.join("n1", started_at_us=2)
+    made.succeed(made.only())
+    assert made.end().reason == "succeeded"
+
+
+def test_cheap_work_of_a_suspected_node_runs_elsewhere_soon_and_dear_work_after_its_lease() -> None:
+    made = desk()
+    made.submit(workflow([operator("cheap", nonce=1), operator("dear", **TRAIN)]))
+    suspect = made.named("dear").node
+    if made.named("cheap").node != suspect:
+        made.succeed(made.named("cheap"))
+        made.submit(chain(1, 5), "r2")
+    other = next(n for n in ("n1", "n2") if n != suspect)
+    made.apply(e.NodeDisconnected(suspect))
+    made.wait(0.5, beating=[other])
+    assert all(a.node == other for a in made.assigned.values() if a.type == "flow.noop")
+    assert made.named("dear").node == suspect
+    made.wait(5, beating=[other])
+    assert made.named("dear").node == other
+
+
+def test_a_beat_ends_the_suspicion() -> None:
+    made = desk()
+    made.submit(chain(1))
+    first = made.only()
+    made.apply(e.NodeDisconnected(first.node))
+    made.beat(first.node)
+    made.wait(1, beating=["n1", "n2"])
+    assert made.only() is first
+
+
+def test_an_operator_that_takes_three_nodes_with_it_is_poison() -> None:
+    made = desk("n1", "n2", "n3", "n4")
+    made.submit(chain(1))
+    for _ in range(3):
+        made.lose(made.only().node)
+    assert made.end().reason == "poison"
+    assert not made.assigned
+
+
+def test_an_operator_that_kills_its_node_and_its_inputs_with_it_is_poison() -> None:
+    """The killed node held the input, which is computed again: the count of lost nodes must outlive that."""
+    made = desk("n1", "n2", "n3", "n4", "n5")
+    made.submit(chain(2))
+    made.succeed(made.only(), "x")
+    for _ in range(3):
+        killer = made.named("o1")
+        made.forget(content("x"))
+        made.lose(killer.node)
+        if not made.assigned:
+            break
+        made.succeed(made.named("o0"), "x")
+    assert made.end().reason == "poison"
+
+
+def test_an_agent_that_crashes_and_starts_again_counts_as_a_lost_node() -> None:
+    made = desk("n1")
+    made.submit(chain(1))
+    for start in (2, 3, 4):
+        made.join_as(node_record("n1", started_at_us=start))
+    assert made.end().reason == "poison"
+
+
+def test_a_node_that_leaves_in_good_order_is_not_held_against_the_operator() -> None:
+    made = desk("n1")
+    made.submit(chain(1))
+    for start in (2, 3, 4, 5):
+        made.join_as(node_record("n1", started_at_us=start - 1, state="left"))
+        made.join_as(node_record("n1", started_at_us=start))
+    made.succeed(made.only())
+    assert made.end().reason == "succeeded"
+
+
+def test_the_last_beat_of_a_node_that_has_left_does_not_bring_it_back() -> None:
+    made = desk(keeps=False)
+    made.submit(chain(1))
+    made.succeed(made.only(), "x")
+    holder = made.vertex("o0").node
+    made.join_as(node_record(holder, state="left"))
+    made.beat(holder, [], state="left")
+    assert made.state.holders(content("x").cid) == []
+
+
+def test_the_record_of_an_earlier_life_does_not_displace_a_node() -> None:
+    made = Desk()
+    made.join_as(node_record("n1", started_at_us=7))
+    made.submit(chain(1))
+    made.join_as(node_record("n1", started_at_us=3, state="left"))
+    made.join_as(node_record("n1", started_at_us=3))
+    assert made.state.nodes["n1"].record.started_at_us == 7
+    assert made.only().items[0].attempt == 1
+
+
+def test_a_draining_node_keeps_what_it_has_and_gets_nothing_new() -> None:
+    made = desk("n1")
+    made.submit(chain(2))
+    made.beat("n1", state="draining")
+    made.succeed(made.only())
+    assert not made.assigned
+    made.join("n2")
+    assert made.only().node == "n2"
+
+
+def test_an_assignment_that_its_node_has_forgotten_runs_again_after_a_lease() -> None:
+    made = desk()
+    made.submit(chain(1))
+    first = made.only()
+    for _ in range(30):
+        made.now_us += SECOND // 2
+        made.beat(first.node, [])
+        made.beat(next(n for n in ("n1", "n2") if n != first.node))
+    assert made.only().node != first.node
+
+
+def test_a_node_is_told_to_drop_an_assignment_that_is_not_known() -> None:
+    made = desk("n1")
+    commands = made.beat("n1", ["64-77", "64-78"])
+    assert [(m.assignment, m.closed) for m in made.told(commands, "n1") if isinstance(m, Commit)] == [
+        ("64-77", True),
+        ("64-78", True),
+    ]
+
+
+def test_nothing_is_lost_or_begun_while_the_leader_is_cut_off() -> None:
+    made = desk()
+    made.submit(chain(2))
+    made.apply(e.NodeDisconnected(made.only().node), e.CutOff())
+    made.wait(20)
+    first = made.only()
+    assert first.items[0].attempt == 1
+    made.succeed(first)
+    assert not made.assigned
+    made.apply(e.Restored())
+    made.wait(0.2)
+    assert made.is_assigned("o1")
+
+
+def test_suspicion_starts_anew_when_the_leader_is_back() -> None:
+    made = desk()
+    made.submit(chain(1))
+    first = made.only()
+    made.apply(e.NodeDisconnected(first.node), e.CutOff())
+    made.wait(3)
+    made.apply(e.Restored())
+    made.now_us += SECOND // 10
+    made.apply(e.Tick())
+    assert made.only() is first
+
+
+def test_the_limit_on_lost_nodes_is_a_setting() -> None:
+    made = Desk(Settings(nodes_lost_limit=1))
+    made.join("n1", "n2")
+    made.submit(chain(1))
+    made.lose(made.only().node)
+    assert made.end().reason == "poison"
