@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import yaml
 from tests.tidy.tree import ROOT, shown, text_of, tracked_files
 
 # Written with brackets so that this file does not find itself.
@@ -37,6 +39,33 @@ def test_links_between_documents_lead_somewhere() -> None:
                 if not (path.parent / target).exists():
                     broken.append(f"{shown(path)}: {target}")
     assert not broken
+
+
+def test_every_workflow_that_stands_in_a_page_or_file_is_valid(tmp_path: Path) -> None:
+    from flowmesh_cas.errors import UsageError
+    from flowmesh_mesh.compiler import check_document
+
+    shown_documents = [
+        (path, block)
+        for path in tracked_files()
+        for block in (re.findall(r"^```yaml\n(.*?)^```", text_of(path), re.DOTALL | re.MULTILINE) if path.suffix == ".md" else [])
+    ]
+    kept = [(path, text_of(path)) for path in tracked_files() if path.is_relative_to(ROOT / "demo") and path.suffix == ".yaml"]
+    documents = [(path, text) for path, text in shown_documents + kept if re.search(r"^apiVersion:", text, re.MULTILINE)]
+    assert len(documents) >= 3
+    wrong = []
+    for path, text in documents:
+        base = path.parent
+        if path.suffix == ".md":
+            base = tmp_path
+            for named in re.findall(r"path: ([\w./-]+)", text):
+                (tmp_path / named).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / named).touch()
+        try:
+            check_document(yaml.safe_load(text), base=base, params={})
+        except UsageError as error:
+            wrong.append(f"{shown(path)}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_two_commands_of_the_readme_are_targets() -> None:
