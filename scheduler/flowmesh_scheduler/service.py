@@ -83,7 +83,7 @@ class Leader:
             await self._close()
 
     async def _take_over(self) -> None:
-        """Fence, read, rebuild, listen, act: in the order of docs/guarantees."""
+        """Fence, read, rebuild, listen, act: in the order of docs/scheduler.md."""
         at_us = now_us()
         epoch = await self.ledger.raise_epoch(at_us // 1000, self.name, self.lease.revision, at_us)
         epoch = await self.assign.raise_epoch(epoch, self.name, self.lease.revision, at_us)
@@ -182,6 +182,8 @@ class Leader:
 
     def apply(self, event: e.Event) -> None:
         """Let the core decide about an event and carry out what it wants."""
+        if self.lost.done():
+            return
         if not self.is_ready:
             self._early.append(event)
             return

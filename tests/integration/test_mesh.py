@@ -179,6 +179,14 @@ async def test_state_survives_a_killed_scheduler_in_the_middle_of_a_run(mesh: Em
     assert [row["attempt"] for row in await run.operators()] == [1, 1, 1, 1]
 
 
+async def test_a_broker_that_is_killed_restarts_no_operator(mesh: EmbeddedMesh, team_a: Mesh) -> None:
+    run = await team_a.submit(workflow({f"n{i}": noop(i, sleep_s=2.0) for i in range(4)}))
+    await asyncio.sleep(0.5)
+    mesh.signal("broker", signal.SIGKILL)
+    assert (await run.result(timeout_s=DEADLINE_S)).state == "succeeded"
+    assert [row["attempt"] for row in await run.operators()] == [1, 1, 1, 1]
+
+
 async def test_state_survives_down_and_up(tmp_path: Path) -> None:
     document = workflow({"a": noop(1, bytes=50_000), "b": noop(2, inputs={"after": "a.out"})})
     async with (
