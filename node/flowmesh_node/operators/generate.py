@@ -45,25 +45,10 @@ class Completions:
     seconds: float = 0.0
 
 
-class Generate:
+class Generate(engine.CausalOperator):
     """Runs llm.generate."""
 
     types: tuple[str, ...] = ("llm.generate",)
-
-    numeric: str = ""
-    """Numeric class of what was loaded last; empty when this process does not repeat itself."""
-
-    def resident(self) -> tuple[str, ...]:
-        """Return the digests of the models in memory."""
-        return engine.resident()
-
-    def load(self, batch: Batch) -> None:
-        """Load the model; the first time, prove that company changes no bit."""
-        from flowmesh_node.operators import selftest
-
-        dtype = str(batch.items[0].params.get("dtype", "float32"))
-        engine.load(batch.models["model"], dtype)
-        self.numeric = selftest.numeric_class(dtype)
 
     def run(self, batch: Batch, emit: Emit, log: Callable[[str], None]) -> None:
         """Complete all rows of all items together; an item that cannot be fails alone."""
