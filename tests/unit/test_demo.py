@@ -7,6 +7,7 @@ from pathlib import Path
 
 from demo.overlap import overlap, signatures
 from demo.story import WORKFLOWS
+
 from flowmesh_cas.store import MemoryStore
 from flowmesh_mesh.compiler import compile_document, compile_file
 from flowmesh_mesh.manifest import Manifest
