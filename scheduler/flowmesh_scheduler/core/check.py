@@ -130,7 +130,7 @@ def _check_work(state: State, work: Work) -> None:
     Invariant: somebody waits for it, nobody twice, and all of them by its key.
     Invariant: QUEUED work is in the pool or paused; LOCATING work awaits an answer that is asked for.
     Invariant: ASSIGNED work is open in exactly the assignment that it names, on a node that is not gone.
-    Invariant: COMMITTING work has a pending result of its generation.
+    Invariant: COMMITTING work, and no other, has a pending result, of its generation.
     Invariant: what replaces a lost result has the next generation.
     """
     where = f"work {work.operator.name} ({work.state.value})"
@@ -152,9 +152,9 @@ def _check_work(state: State, work: Work) -> None:
         assert 0 < attempt <= work.attempts, where
         assert node == outstanding.node, where
         assert state.nodes[outstanding.node].state != "gone", f"{where} on a node that is gone"
-    else:
-        assert work.pending is not None
+    elif work.pending is not None:
         assert work.pending.generation == work.generation
+    assert (work.pending is not None) == (work.state is WorkState.COMMITTING), where
     if work.state in (WorkState.LOCATING, WorkState.QUEUED):
         assert not work.assignment, f"{where} names an assignment"
     if not work.is_hit:

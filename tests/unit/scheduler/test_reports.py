@@ -83,6 +83,32 @@ def test_an_agent_that_started_again_is_not_believed_to_go_on() -> None:
     assert made.only().id != old.id
 
 
+def test_what_an_earlier_life_held_is_not_given_back() -> None:
+    made = desk("n1")
+    made.submit(workflow([operator("t", **TRAIN)]))
+    old = made.only()
+    made.join_as(node_record("n1", started_at_us=2, state="draining"))
+    made.beat("n1", [old.id], state="draining")
+    assert made.states() == {"t": "ready"}
+    assert not made.assigned
+
+
+def test_a_commit_that_is_told_twice_counts_once() -> None:
+    made = desk("n1", commits=False)
+    made.submit(chain(1))
+    made.succeed(made.only(), "first")
+    event = made.commit_event()
+    made.apply(event, event)
+    made.forget(content("first"))
+    made.submit(chain(1), "r2")
+    made.apply(event)
+    made.succeed(made.only(), "second")
+    made.apply(event)
+    assert made.states("r2") == {"o0": "assigned"}
+    made.commit()
+    assert made.end("r2").reason == "succeeded"
+
+
 def test_a_node_is_told_to_drop_what_somebody_else_has_finished() -> None:
     made = desk()
     made.submit(chain(1))
