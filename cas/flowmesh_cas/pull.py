@@ -132,7 +132,13 @@ class Pull:
         self._got.update(cid for cid, _ in kept)
         if kept:
             self._mean_bytes = sum(len(block) for _, block in kept) / len(kept)
-        return Verified(kept, [child for cid, block in kept for child in links(cid, block)], asking.candidates)
+        children = [child for cid, block in kept for child in links(cid, block)]
+        return Verified(kept, children, self._holders_of_children(asking, kept))
+
+    def _holders_of_children(self, asking: Asking, kept: Sequence[Block]) -> Peers:
+        """Return whom to ask for the children: also those who lacked the parent, for they may hold a part of the DAG."""
+        known = dict.fromkeys(peer for cid, _ in kept for peer in self._known[cid])
+        return asking.candidates + tuple(peer for peer in known if peer not in asking.candidates)
 
     def failed(self, asking: Asking, reason: str) -> None:
         """Take note that a peer did not answer, or not readably."""

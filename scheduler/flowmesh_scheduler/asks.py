@@ -323,19 +323,20 @@ def _piece(leader: Leader, message: Get) -> Blocks:
 
 
 async def bring(leader: Leader, root: bytes) -> None:
-    """Make sure that the hub holds a DAG: fetch it from the nodes that do."""
-    if await asyncio.to_thread(leader.hub.holds, root):
-        return
-    from flowmesh_mesh.transfer import fetch
+    """Make sure that the hub holds a DAG: fetch what it lacks from whoever holds it, part by part."""
+    from flowmesh_mesh.transfer import fetch_many
 
-    holders = [name for name in leader.state.holders(root) if name != subjects.HUB]
-    if not holders:
-        everyone = [n.name for n in leader.state.nodes.values() if n.state != "gone"]
-        located = await leader.hub.locate({root: ()}, everyone)
-        holders = [name for name in located[root] if name != subjects.HUB]
-    if not holders:
-        raise NotFoundError("nobody holds this content any more", hint="Submit the workflow again: it is computed anew.")
-    await fetch(leader.bus, leader.hub.store, root, holders, deadline_s=60.0)
+    while missing := await asyncio.to_thread(leader.hub.missing, root):
+        nodes = [n.name for n in leader.state.nodes.values() if n.state != "gone"]
+        known = {cid: [name for name in leader.state.holders(cid) if name != subjects.HUB] for cid in missing}
+        located = await leader.hub.locate(known, nodes)
+        if not all(located.values()):
+            lost = [cid_text(cid) for cid, holders in located.items() if not holders]
+            raise NotFoundError(
+                f"nobody holds {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} any more",
+                hint="Submit the workflow again: what is needed is computed anew.",
+            )
+        await fetch_many(leader.bus, leader.hub.store, located, deadline_s=60.0)
     leader.state.places.setdefault(root, set()).add(subjects.HUB)
 
 

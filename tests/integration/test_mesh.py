@@ -277,6 +277,22 @@ async def test_lineage_names_every_operator_input_and_signer(mesh: EmbeddedMesh,
     assert verify(signed.public_key, message, signed.signature)
 
 
+async def test_a_ledger_record_is_fetched_with_outputs_that_lie_on_several_nodes(team_a: Mesh) -> None:
+    await finish(team_a, workflow({"warm": noop(1000, sleep_s=0.1)}))
+    parts = {f"n{i}": noop(i, bytes=300_000 + i, sleep_s=0.3) for i in range(4)}
+    run = await team_a.submit(workflow({**parts, "end": noop(9, inputs={"after": [f"{name}.out" for name in parts]})}))
+    await run.result(timeout_s=DEADLINE_S)
+    found = await run.lineage()
+    assert len({row["node"] for row in found["records"] if row["name"] in parts}) == 2
+    store = MemoryStore()
+    for root in found["roots"]:
+        await team_a.fetch(root, store)
+    held = set(store.cids())
+    for row in found["records"]:
+        assert {cid_parse(row["record"]), cid_parse(row["operator"]), cid_parse(row["result"])} <= held
+        assert {cid_parse(ref["cid"]) for refs in row["outputs"].values() for ref in refs} <= held
+
+
 async def test_a_tenant_reads_nothing_of_another(team_a: Mesh, team_b: Mesh, tmp_path: Path) -> None:
     run = await team_a.submit(workflow({"a": {"type": "flow.noop", "with": {"bytes": 50_000}, "share": "private"}}))
     results = await run.result(timeout_s=DEADLINE_S)

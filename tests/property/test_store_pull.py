@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowmesh_cas import dag
@@ -78,6 +78,7 @@ def run(random: Random, source: MemoryStore, root: bytes, peers: dict[str, Peer]
 
 
 @settings(max_examples=150, deadline=None)
+@example(seed=0, kinds=["lacks", "lacks"])
 @given(seed=st.integers(0, 10**9), kinds=st.lists(st.sampled_from(["good", "lacks", "lies", "dead", "flaky"]), max_size=5))
 def test_a_pull_ends_and_gets_whatever_an_honest_peer_holds(seed: int, kinds: list[str]) -> None:
     random = Random(seed)
