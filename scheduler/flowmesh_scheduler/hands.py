@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowmesh_cas.errors import FlowmeshError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.manifest import encode_record, record_cid
 from flowmesh_mesh.messages import encode
@@ -90,8 +89,14 @@ class Hands:
         self._leader.spawn(self._locate_now(command))
 
     async def _locate_now(self, command: c.Locate) -> None:
+        """Ask; whatever goes wrong counts as an answer: the work that waits must hear something."""
         nodes = [n.name for n in self._leader.state.nodes.values() if n.state != "gone"]
-        self._leader.apply(e.Located(await self._leader.hub.locate(command.roots, nodes)))
+        found: dict[bytes, list[str]] = {root: [] for root in command.roots}
+        try:
+            found = await self._leader.hub.locate(command.roots, nodes)
+        except Exception:
+            log.exception("cannot ask who holds %d roots", len(command.roots))
+        self._leader.apply(e.Located(found))
 
     def _keep(self, command: c.Keep) -> None:
         self._leader.spawn(self._keep_now(command))
@@ -107,8 +112,7 @@ class Hands:
             async with limit:
                 try:
                     await fetch(self._leader.bus, self._leader.hub.store, root, holders, deadline_s=KEEP_DEADLINE_S)
-                    self._leader.state.places.setdefault(root, set()).add(subjects.HUB)
-                except FlowmeshError as error:
+                except Exception as error:
                     log.warning("an output cannot be had: %s", error)
                     missing.append(root)
 
@@ -124,13 +128,22 @@ class Hands:
     def _end(self, command: c.EndRun) -> None:
         end = command.end
         pair = (end.tenant, end.run)
+        if command.state != "succeeded":
+
+            def written(_: int) -> None:
+                self._leader.feeds.tell(*pair, "ended", plain_end(end))
+                self._leader.apply(e.Ended(*pair))
+
+            self._leader.ledger.write(subjects.ledger_ended(*pair), encode_record(end), written)
+            return
+        # a success follows from results that are in the ledger already: nobody has to wait for its record
         self._leader.feeds.tell(*pair, "ended", plain_end(end))
         if not self._ending:
             asyncio.get_running_loop().call_later(ENDS_GATHERED_S, self._write_ends)
         self._ending[pair] = encode_record(end)
 
     def _write_ends(self) -> None:
-        """Write the ends of a moment together: they follow from results that are in the ledger, so nobody waits for them."""
+        """Write the successes of a moment together."""
         ending, self._ending = self._ending, {}
         for pair, record in ending.items():
             self._leader.ledger.write(subjects.ledger_ended(*pair), record, partial(self._ended, pair))

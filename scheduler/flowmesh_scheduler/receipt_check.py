@@ -11,6 +11,9 @@ def check_receipt(done: Done, public_key: str) -> bool:
     """Tell whether ``done`` is signed by the key that the node joined with, over exactly these outcomes."""
     if not done.outcomes or done.public_key != public_key:
         return False
-    root = receipts.levels([receipts.leaf(outcome) for outcome in done.outcomes])[-1][0]
+    try:
+        root = receipts.levels([receipts.leaf(outcome) for outcome in done.outcomes])[-1][0]
+    except OverflowError:  # a generation or attempt that no leader gave out
+        return False
     statement = receipts.statement(done.node, done.assignment, done.epoch, root, len(done.outcomes))
     return verify(public_key, statement, done.signature)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from flowmesh_cas.errors import UsageError
+from flowmesh_cas.errors import FlowmeshError, UsageError
 from flowmesh_mesh import streams, subjects
 from flowmesh_mesh.bus import Delivery, Pull, Subscription
 from flowmesh_mesh.messages import Beat, Done, Log, NodeRecord, decode
+from flowmesh_mesh.transfer import fetch
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.hub import check_codecs
 from flowmesh_scheduler.receipt_check import check_receipt
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowmesh.scheduler")
 
+LOG_DEADLINE_S = 30.0
+
 
 class Reports:
     """The leader's ear for nodes."""
@@ -25,6 +29,7 @@ class Reports:
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
         self._passed = 0
+        self._keeping = asyncio.Semaphore(4)
         self._sought: set[str] = set()
 
     async def listen(self) -> list[Subscription | Pull]:
@@ -102,6 +107,17 @@ class Reports:
         blocks = check_codecs([codec for codec, _ in done.blocks], [block for _, block in done.blocks])
         self._leader.hub.put_soon(blocks)
         self._leader.apply(e.DoneReceived(done, dict(blocks)))
+        for outcome in done.outcomes:
+            if outcome.log is not None:
+                self._leader.spawn(self._keep_log(outcome.log.cid, done.node))
+
+    async def _keep_log(self, root: bytes, node: str) -> None:
+        """Bring a log to the hub: it is wanted most when its node is gone."""
+        async with self._keeping:
+            try:
+                await fetch(self._leader.bus, self._leader.hub.store, root, [node], deadline_s=LOG_DEADLINE_S)
+            except FlowmeshError as error:
+                log.info("a log of %s cannot be had: %s", node, error)
 
     def _on_log(self, delivery: Delivery) -> None:
         message = read(delivery.subject, delivery.data, Log)

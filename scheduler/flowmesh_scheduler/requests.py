@@ -203,7 +203,12 @@ class Requests:
             log.info("unreadable cancellation: %s", error)
             return
         actor = message.actor or self._leader.tenant_names.get(tenant, "tenant")
-        self._leader.apply(e.CancelRequested(tenant, message.run, actor))
+        cancel = e.CancelRequested(tenant, message.run, actor)
+        accepting = self._accepting.get((tenant, message.run))
+        if accepting is None:
+            self._leader.apply(cancel)
+        else:  # the run is still on its way in: it is cancelled as soon as it is there
+            accepting.add_done_callback(lambda done: None if done.cancelled() else self._leader.apply(cancel))
 
     def _on_ask(self, delivery: Delivery) -> None:
         self._leader.spawn(self._answer(delivery, asks.answer))

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -245,6 +246,20 @@ async def test_a_cancelled_run_ends_and_leaves_shared_work_to_the_others(team_a:
         return not sum(n["running"] for n in await team_a.nodes())
 
     await until(rests)
+
+
+async def test_a_log_outlives_its_node(mesh: EmbeddedMesh, team_a: Mesh, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("def speak():\n    print('hello from the node')\n    return 1\n")
+    document = tmp_path / "w.json"
+    operators = {"a": {"type": "python.call", "function": "code.py:speak"}}
+    document.write_bytes(msgspec.json.encode(workflow(operators)))
+    run = await team_a.submit(document)
+    await run.result(timeout_s=DEADLINE_S)
+    await asyncio.sleep(0.5)
+    mesh.kill_node((await run.operators())[0]["node"])
+    assert [line async for line in run.logs("a")] == [("a", "hello from the node")]
+    (root,) = (await run.lineage())["roots"]
+    assert await team_a.fetch(root, MemoryStore()) > 0
 
 
 async def test_lineage_names_every_operator_input_and_signer(mesh: EmbeddedMesh, team_a: Mesh) -> None:

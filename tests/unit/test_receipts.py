@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh_mesh import receipts
-from flowmesh_mesh.messages import Outcome
+from flowmesh_mesh.messages import Done, Outcome
+from flowmesh_scheduler.receipt_check import check_receipt
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=40), st.data())
@@ -35,6 +36,11 @@ def test_the_leaf_tells_attempts_generations_reasons_and_results_apart() -> None
         Outcome(b"k" * 32, 0, 1, "succeeded", b"s" * 36),
     ]
     assert len({receipts.leaf(outcome) for outcome in [base, *others]}) == 6
+
+
+def test_a_report_with_numbers_that_no_leader_gave_out_is_refused() -> None:
+    done = Done("n", "a", 1, (Outcome(b"k" * 32, -1, 1, "succeeded"),), "UKEY", b"s" * 64)
+    assert not check_receipt(done, "UKEY")
 
 
 def test_the_statement_binds_node_assignment_epoch_and_count() -> None:
