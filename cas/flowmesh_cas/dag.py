@@ -23,7 +23,7 @@ def links(cid: bytes, block: bytes) -> list[bytes]:
     if codec == DAG_PB:
         return [link.cid for link in dag_pb.decode(block).links]
     # Most small records hold no link; whoever has none cannot hold the tag of one.
-    return list(_cbor_links(decode_dag_cbor(block))) if _LINK_TAG in block else []
+    return list(cbor_links(decode_dag_cbor(block))) if _LINK_TAG in block else []
 
 
 def walk(store: BlockStore, root: bytes) -> Iterator[bytes]:
@@ -113,7 +113,8 @@ def _unseen(cids: Iterable[bytes], seen: set[bytes]) -> list[bytes]:
     return fresh
 
 
-def _cbor_links(value: Any) -> Iterator[bytes]:
+def cbor_links(value: Any) -> Iterator[bytes]:
+    """Yield the links in decoded DAG-CBOR, depth first."""
     pending = [value]
     while pending:
         item = pending.pop()

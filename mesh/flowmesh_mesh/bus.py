@@ -257,6 +257,10 @@ class Bus(StreamApi):
             raise TransientError("the connection to the broker is closed", hint="Connect again.")
         self.connection.send(command)
 
+    def push(self) -> None:
+        """Let what was posted leave now, before this turn of the loop goes on with something slower."""
+        self.connection.write_pending()
+
     async def publish(
         self, subject: str, data: bytes = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:

@@ -157,9 +157,10 @@ class Connection(Client):  # type: ignore[misc]
         self._pending_data_size += len(command)
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._write_pending)
+            self._loop.call_soon(self.write_pending)
 
-    def _write_pending(self) -> None:
+    def write_pending(self) -> None:
+        """Hand what is queued to the socket now; otherwise it leaves at the end of this turn of the loop."""
         self._flush_scheduled = False
         if self._pending and self.is_connected and self._transport:
             commands, self._pending, self._pending_data_size = self._pending, [], 0
@@ -169,11 +170,11 @@ class Connection(Client):  # type: ignore[misc]
         """Wait while too many bytes are unsent."""
         writer = self._transport._io_writer if self._transport else None
         if writer is not None and writer.transport.get_write_buffer_size() > WRITE_BUFFER_MAX_BYTES:
-            self._write_pending()
+            self.write_pending()
             await writer.drain()
 
     async def flush(self, timeout: float = 10) -> None:
-        self._write_pending()
+        self.write_pending()
         await super().flush(timeout)
 
     # --- receiving
@@ -247,7 +248,7 @@ class Connection(Client):  # type: ignore[misc]
     async def shut(self, budget_s: float = 2.0) -> None:
         """Send what is pending and close, within ``budget_s`` whatever the other side does."""
         try:
-            self._write_pending()
+            self.write_pending()
             await asyncio.wait_for(self.close(), budget_s)
         except (TimeoutError, OSError, errors.Error):
             pass

@@ -106,6 +106,10 @@ class Delivery:
         part.offers += 1
         pause = min(OFFER_AGAIN_MAX_S, OFFER_AGAIN_S * 2 ** (part.offers - 1)) * random.uniform(0.8, 1.2)
         part.next_offer_at_s = self.clock() + pause
+        if part.offers == 1 and self.bus.connected:
+            # The stream takes it without an answer; what counts is the leader's commit, and without one it is offered again.
+            self.bus.post(subjects.node_done(self.node), part.data)
+            return
         # A name of its own for every offer: the broker must not take a deliberate repetition for a duplicate.
         task = asyncio.create_task(self._store(part, f"{assignment}.{part.number}.{part.offers}"))
         self._sending.add(task)

@@ -1,26 +1,46 @@
-"""Where assignments stand in their stream, and their removal once they are settled: in bulk, node by node."""
+"""Assignments on their way to nodes: sent at once where that is safe, written to their stream, removed once they are settled."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable
 
 from flowmesh_cas.errors import TransientError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus
+from flowmesh_mesh.messages import Assignment, encode
+from flowmesh_scheduler.guarded import GuardedStream
+
+SENT_MAX_BYTES = 16 * 1024
+"""Assignments up to this size are sent to the node at once, if they may run in vain: it need not wait for a disk."""
+
+WRITTEN_AFTER_S = 0.01
+"""An assignment that was sent is written once it has lasted this long; what is settled sooner needs no record."""
 
 
 class AssignmentQueue:
-    """Sequences of the assignments that are not settled, by node."""
+    """Assignments that are not settled, by node: those being sent, and the sequences of those that are written."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, stream: GuardedStream) -> None:
         self._bus = bus
+        self._stream = stream
+        self._sent: dict[str, asyncio.TimerHandle] = {}
         self._open: dict[str, dict[str, int]] = {}
         self._last: dict[str, int] = {}
         self._swept: dict[str, int] = {}
 
-    def note(self, node: str, assignment: str) -> Callable[[int], None]:
-        """Remember an assignment that is being written; call what is returned with its sequence."""
+    def hand_over(self, assignment: Assignment, *, may_run_in_vain: bool) -> None:
+        """Give an assignment to its node: by its stream, or at once and by its stream if it lasts."""
+        data = encode(assignment)
+        if may_run_in_vain and len(data) <= SENT_MAX_BYTES:
+            self._bus.post(subjects.node_control(assignment.node), data)
+            loop = asyncio.get_running_loop()
+            self._sent[assignment.id] = loop.call_later(WRITTEN_AFTER_S, self._write, assignment.node, assignment.id, data)
+        else:
+            self._write(assignment.node, assignment.id, data)
+
+    def _write(self, node: str, assignment: str, data: bytes) -> None:
+        self._sent.pop(assignment, None)
         self._open.setdefault(node, {})[assignment] = 0
 
         def stored(sequence: int) -> None:
@@ -28,7 +48,7 @@ class AssignmentQueue:
             if assignment in self._open.get(node, {}):
                 self._open[node][assignment] = sequence
 
-        return stored
+        self._stream.write(subjects.assign(node, assignment), data, stored)
 
     def found(self, node: str, assignment: str, sequence: int) -> None:
         """Remember an assignment that an earlier leader wrote."""
@@ -36,7 +56,10 @@ class AssignmentQueue:
         self._last[node] = max(self._last.get(node, 0), sequence)
 
     def settle(self, node: str, assignment: str) -> int:
-        """Forget an assignment; return its sequence, 0 when it is not known."""
+        """Forget an assignment; return its sequence, 0 when it is not written."""
+        timer = self._sent.pop(assignment, None)
+        if timer is not None:
+            timer.cancel()
         return self._open.get(node, {}).pop(assignment, 0)
 
     async def delete(self, sequence: int) -> None:
@@ -52,3 +75,9 @@ class AssignmentQueue:
             if floor > self._swept.get(node, 0):
                 await self._bus.purge(subjects.ASSIGN, subjects.assign(node, "*"), below_seq=floor)
                 self._swept[node] = floor
+
+    def close(self) -> None:
+        """Write nothing more."""
+        for timer in self._sent.values():
+            timer.cancel()
+        self._sent.clear()

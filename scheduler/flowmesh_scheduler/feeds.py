@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import RunEvent, encode
 
 CHANGES_MAX = 5000
+CHANGES_GATHERED_S = 0.005
 LINES_KEPT = 1000
 
 
@@ -27,6 +29,9 @@ class Feed:
         self.encoding = encoding
         self.is_open = False
         self.held: list[tuple[str, dict[str, Any]]] = []
+        self.changes: list[Any] = []
+        self.counts: Mapping[str, int] = {}
+        self.timer: asyncio.TimerHandle | None = None
         self.lines: dict[int, deque[str]] = {}
 
 
@@ -62,8 +67,15 @@ class Feeds:
             self._post(feed.subject, encode(event))
 
     def tell(self, tenant: str, run: str, kind: str, body: dict[str, Any]) -> None:
-        """Publish an event once the run is accepted."""
+        """Publish an event once the run is accepted, after the changes that came before it."""
         feed = self.feed(tenant, run)
+        if kind == "ended" and len(feed.changes) <= CHANGES_MAX:
+            body = {**body, "changes": feed.changes}
+            self._forget_changes(feed)
+        self._flush(feed)
+        self._tell(feed, kind, body)
+
+    def _tell(self, feed: Feed, kind: str, body: dict[str, Any]) -> None:
         if feed.is_open:
             self.send(feed, kind, body)
         else:
@@ -77,9 +89,25 @@ class Feeds:
             self.send(feed, kind, body)
 
     def tell_changes(self, tenant: str, run: str, changes: list[Any], counts: Mapping[str, int]) -> None:
-        """Publish changes of operators, in pieces that fit into messages."""
+        """Publish changes of operators within a moment, together with those that follow at once."""
+        feed = self.feed(tenant, run)
+        feed.changes += changes
+        feed.counts = counts
+        if feed.timer is None:
+            feed.timer = asyncio.get_running_loop().call_later(CHANGES_GATHERED_S, self._flush, feed)
+
+    def _flush(self, feed: Feed) -> None:
+        """Publish the changes that wait, in pieces that fit into messages."""
+        changes, counts = feed.changes, dict(feed.counts)
+        self._forget_changes(feed)
         for start in range(0, len(changes), CHANGES_MAX):
-            self.tell(tenant, run, "operators", {"changes": changes[start : start + CHANGES_MAX], "counts": dict(counts)})
+            self._tell(feed, "operators", {"changes": changes[start : start + CHANGES_MAX], "counts": counts})
+
+    def _forget_changes(self, feed: Feed) -> None:
+        feed.changes = []
+        if feed.timer is not None:
+            feed.timer.cancel()
+            feed.timer = None
 
     def note_lines(self, tenant: str, run: str, index: int, name: str, lines: list[str]) -> None:
         """Publish log lines and keep the last of them for those who ask later."""

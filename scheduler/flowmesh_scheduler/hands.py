@@ -24,8 +24,6 @@ log = logging.getLogger("flowmesh.scheduler")
 
 KEEP_DEADLINE_S = 120.0
 ENDS_GATHERED_S = 0.25
-HEARD_MAX_BYTES = 16 * 1024
-"""Assignments up to this size are also sent to the node at once: it need not wait until theirs is durable."""
 
 
 class Hands:
@@ -54,12 +52,7 @@ class Hands:
         self._leader.ledger.write(subjects.ledger_accepted(*pair), encode_record(record), accepted)
 
     def _assign(self, command: c.Assign) -> None:
-        assignment = command.assignment
-        stored = self._leader.queue.note(assignment.node, assignment.id)
-        data = encode(assignment)
-        self._leader.assign.write(subjects.assign(assignment.node, assignment.id), data, stored)
-        if command.may_run_in_vain and len(data) <= HEARD_MAX_BYTES:
-            self._leader.bus.post(subjects.node_control(assignment.node), data)
+        self._leader.queue.hand_over(command.assignment, may_run_in_vain=command.may_run_in_vain)
 
     def _commit(self, command: c.CommitResults) -> None:
         records = [(key, record_cid(block)) for key, _, block in command.records]

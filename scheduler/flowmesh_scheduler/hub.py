@@ -112,7 +112,7 @@ def name_blocks(roots: Iterable[bytes], blocks: Iterable[bytes]) -> tuple[list[t
     by_digest = {sha256(block): block for block in blocks}
     named: dict[bytes, bytes] = {}
     missing: list[bytes] = []
-    stack = list(roots)
+    stack = list(dict.fromkeys(roots))
     seen: set[bytes] = set(stack)
     while stack:
         cid = stack.pop()

@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 
-from flowmesh_cas.cid import DAG_CBOR, cid_of
+from flowmesh_cas import dag
+from flowmesh_cas.cid import DAG_CBOR, cid_of, decode_dag_cbor
 from flowmesh_cas.errors import FlowmeshError, IntegrityError, NotFoundError, TransientError, UsageError
 from flowmesh_cas.store import MemoryStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.catalog import operator_type
-from flowmesh_mesh.manifest import Manifest, Operator, Source, decode_record
+from flowmesh_mesh.manifest import Manifest, Operator, Source
 from flowmesh_mesh.messages import Resolve, Resolved, Submit, decode, encode, is_json
 from flowmesh_mesh.names import check_name
 from flowmesh_scheduler.hub import Hub, name_blocks
@@ -71,15 +72,17 @@ def fallback_run(data: bytes) -> str:
 def open_submission(tenant: str, data: bytes, hub: Hub) -> Submission:
     """Return a compiled submission with its manifest read and checked; raise UsageError for what cannot run."""
     message = decode(data, Submit)
-    named, elsewhere = name_blocks([message.manifest], message.blocks)
-    blocks = dict(named)
+    block = next((block for block in message.blocks if cid_of(DAG_CBOR, block) == message.manifest), None)
     try:
-        block = blocks.get(message.manifest) or hub.get(message.manifest)
-        manifest = decode_record(block, Manifest)
+        value = decode_dag_cbor(hub.get(message.manifest) if block is None else block)
+        manifest = msgspec.convert(value, Manifest)
     except NotFoundError as error:
         raise UsageError("the manifest is neither in the submission nor in the mesh", hint="Put it before submitting.") from error
-    except IntegrityError as error:
-        raise UsageError(f"the manifest cannot be read: {error.message}") from error
+    except (IntegrityError, msgspec.ValidationError) as error:
+        raise UsageError(f"the manifest cannot be read: {error}") from error
+    named, elsewhere = name_blocks(dag.cbor_links(value), message.blocks)
+    if block is not None:
+        named.append((message.manifest, block))
     check_manifest(manifest)
     return Submission(tenant, message.run, "msgpack", message.manifest, named, elsewhere, manifest)
 

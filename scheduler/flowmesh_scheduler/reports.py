@@ -105,8 +105,8 @@ class Reports:
             log.warning("report of %s on %s has no valid receipt", done.node, done.assignment)
             return
         blocks = check_codecs([codec for codec, _ in done.blocks], [block for _, block in done.blocks])
-        self._leader.hub.put_soon(blocks)
         self._leader.apply(e.DoneReceived(done, dict(blocks)))
+        self._leader.hub.put_soon(blocks)
         for outcome in done.outcomes:
             if outcome.log is not None:
                 self._leader.spawn(self._keep_log(outcome.log.cid, done.node))

@@ -15,6 +15,7 @@ from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.config import Config
+from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.core.step import step
@@ -58,7 +59,7 @@ class Leader:
         self.resolver = Resolver(bus, lambda: [n.name for n in self.state.nodes.values() if n.is_usable])
         self.ledger = GuardedStream(bus, subjects.LEDGER, subjects.LEDGER_EPOCHS, subjects.ledger_epoch, self._fenced)
         self.assign = GuardedStream(bus, subjects.ASSIGN, subjects.ASSIGN_EPOCHS, subjects.assign_epoch, self._fenced)
-        self.queue = AssignmentQueue(bus)
+        self.queue = AssignmentQueue(bus, self.assign)
         self._carry_out = Hands(self).carry_out
         self.tenant_roots: dict[str, set[bytes]] = {}
         self.inline: dict[tuple[str, str], list[bytes]] = {}
@@ -117,6 +118,7 @@ class Leader:
 
     async def _close(self) -> None:
         self.is_ready = False
+        self.queue.close()
         for listening in self._listening:
             with contextlib.suppress(FlowmeshError):
                 await (listening.unsubscribe() if isinstance(listening, Subscription) else listening.stop())
@@ -180,6 +182,12 @@ class Leader:
 
     # --- the loop: event, step, commands
 
+    def _send(self) -> None:
+        """Let guarded writes and messages leave now: nodes and the disk work while this loop goes on."""
+        self.ledger.flush()
+        self.assign.flush()
+        self.bus.push()
+
     def apply(self, event: e.Event) -> None:
         """Let the core decide about an event and carry out what it wants."""
         if self.lost.done():
@@ -188,10 +196,14 @@ class Leader:
             self._early.append(event)
             return
         try:
-            for command in step(self.state, event, now_us()):
+            commands = step(self.state, event, now_us())
+            is_urgent = True
+            for command in commands:
+                if is_urgent and not isinstance(command, c.CommitResults | c.Assign):
+                    is_urgent = False
+                    self._send()
                 self._carry_out(command)
-            self.ledger.flush()
-            self.assign.flush()
+            self._send()
         except Exception as error:
             log.exception("step failed on %s", type(event).__name__)
             self.stop(f"internal error: {error!r}")

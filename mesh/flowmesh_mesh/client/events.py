@@ -90,6 +90,8 @@ class Feed:
             return
         self._last_seq = event.seq
         if event.kind == "ended":
+            if event.body.get("changes"):  # the last of them came with the end: readers see them before it
+                self._events.append(RunEvent(event.run, event.seq, event.at_us, "operators", event.body))
             self.end = event
         elif event.kind == "rejected":
             body = {"state": "rejected", "reason": "rejected", "detail": event.body.get("error", "")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,21 +12,36 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from flowmesh_cas.cid import cid_parse, cid_text
 from flowmesh_cas.errors import NotFoundError, UsageError
+from flowmesh_mesh import subjects
 from flowmesh_mesh.client import blocks, submission
 from flowmesh_mesh.client.questions import ask
-from flowmesh_mesh.client.run import Run
+from flowmesh_mesh.client.run import Run, Unsubscribes
 from flowmesh_mesh.client.scratch import scratch
 from flowmesh_mesh.names import check_name
 from flowmesh_mesh.results import plain_ref
 
 if TYPE_CHECKING:
     from flowmesh_cas.store import BlockStore
-    from flowmesh_mesh.bus import Bus
+    from flowmesh_mesh.bus import Bus, Delivery, Subscription
     from flowmesh_mesh.context import Context
     from flowmesh_mesh.manifest import Ref
 
+OWN_SUBSCRIPTIONS_MAX = 8
+"""Runs that are followed each by a subscription of its own; a client with more hears all its tenant's runs at once."""
+
 SUBMIT_DEADLINE_S = 60.0
 RUNS_LISTED = 1000
+
+
+class _Listener:
+    """One run's place in the subscription to all of a tenant's."""
+
+    def __init__(self, listeners: dict[str, Callable[[Delivery], None]], run: str) -> None:
+        self._listeners = listeners
+        self._run = run
+
+    async def unsubscribe(self) -> None:
+        self._listeners.pop(self._run, None)
 
 
 class Mesh:
@@ -37,6 +52,9 @@ class Mesh:
         self._tenant = tenant
         self._bus: Bus | None = None
         self._runs: dict[str, Run] = {}
+        self._listeners: dict[str, Callable[[Delivery], None]] = {}
+        self._listened = 0
+        self._tenant_wide: Subscription | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -69,6 +87,21 @@ class Mesh:
         if self._bus is None:
             raise UsageError("the mesh is not connected", hint="Use it as `async with connect() as mesh:`.")
         return self._bus
+
+    async def listen(self, run: str, receive: Callable[[Delivery], None]) -> Unsubscribes:
+        """Deliver a run's events to ``receive``: by its own subscription, or, for who follows many runs, by one for all."""
+        self._listened += 1
+        if self._listened <= OWN_SUBSCRIPTIONS_MAX:
+            return await self.bus.subscribe(subjects.tenant_run_event(run), receive)
+        if self._tenant_wide is None:
+            self._tenant_wide = await self.bus.subscribe(subjects.tenant_run_event("*"), self._dispatch)
+        self._listeners[run] = receive
+        return _Listener(self._listeners, run)
+
+    def _dispatch(self, message: Delivery) -> None:
+        receive = self._listeners.get(message.subject.rpartition(".")[2])
+        if receive is not None:
+            receive(message)
 
     def keep(self, run: Run, publication: asyncio.Task[None]) -> None:
         """Hold a run and its publication until they are over or the mesh is closed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flowmesh_cas.errors import ExecutionError, NotFoundError, TransientError
 from flowmesh_mesh import subjects
@@ -14,10 +14,16 @@ from flowmesh_mesh.messages import Cancel, RunEvent, encode
 from flowmesh_mesh.results import Output, Results, plain_outputs, plain_results
 
 if TYPE_CHECKING:
-    from flowmesh_mesh.bus import Delivery, Subscription
+    from flowmesh_mesh.bus import Delivery
     from flowmesh_mesh.client.mesh import Mesh
 
 CANCEL_TIMEOUT_S = 30.0
+
+
+class Unsubscribes(Protocol):
+    """Whatever delivers a run's events until it is told to stop."""
+
+    async def unsubscribe(self) -> None: ...
 
 
 class Run:
@@ -27,7 +33,7 @@ class Run:
         self.id = run
         self._mesh = mesh
         self._feed = Feed(run, self.status, self._ended)
-        self._subscription: Subscription | None = None
+        self._subscription: Unsubscribes | None = None
 
     def __repr__(self) -> str:
         return f"Run({self.id!r})"
@@ -35,7 +41,7 @@ class Run:
     async def follow(self, *, from_start: bool = False) -> Feed:
         """Subscribe to the events, once; unless the run is only now submitted, begin with its present state."""
         if self._subscription is None and self._feed.end is None:
-            self._subscription = await self._mesh.bus.subscribe(subjects.tenant_run_event(self.id), self._receive)
+            self._subscription = await self._mesh.listen(self.id, self._receive)
             if not from_start:
                 await self._mesh.bus.flush()
                 self._feed.heal()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flowmesh_scheduler.core.commands import Change, Command, CommitResults, EndRun, Locate
+from flowmesh_scheduler.core.commands import Assign, Change, Command, CommitResults, EndRun, Locate
 from flowmesh_scheduler.core.state import Run, Vertex, VertexState, Work
 
 
@@ -14,6 +14,7 @@ class Outbox:
 
     commands: list[Command] = field(default_factory=list)
     commits: list[tuple[bytes, int, bytes]] = field(default_factory=list)
+    assigns: list[Assign] = field(default_factory=list)
     ends: list[EndRun] = field(default_factory=list)
     locate: dict[bytes, list[str]] = field(default_factory=dict)
     entering: list[Vertex] = field(default_factory=list)
@@ -42,10 +43,14 @@ class Outbox:
         self.touched[pair] = run
 
     def close(self) -> list[Command]:
-        """Return all commands of the step: commits first, to be on their way while the rest is prepared; ends of runs last."""
-        commands = self.commands
-        if self.commits:
-            commands.insert(0, CommitResults(self.commits))
+        """Return all commands of the step: first what others wait for, ends of runs last.
+
+        Work that has effects is assigned after whatever accepts its run.
+        """
+        commands: list[Command] = [CommitResults(self.commits)] if self.commits else []
+        commands += (assign for assign in self.assigns if assign.may_run_in_vain)
+        commands += self.commands
+        commands += (assign for assign in self.assigns if not assign.may_run_in_vain)
         if self.locate:
             commands.append(Locate(self.locate))
         for run in self.changed.values():

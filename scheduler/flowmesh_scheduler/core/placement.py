@@ -184,7 +184,7 @@ def _assign(state: State, candidate: Candidate, now_us: int, out: Outbox) -> Non
     )
     hand_over(state, node, Outstanding(identity, node.name, executor, {w.key: w for w in works}, {w.key for w in works}, now_us))
     may_run_in_vain = all(w.operator.determinism != "effect" for w in works)
-    out.add(Assign(assignment, candidate.terms, may_run_in_vain))
+    out.assigns.append(Assign(assignment, candidate.terms, may_run_in_vain))
 
 
 def _item(state: State, work: Work, assignment: str, node: str, now_us: int, out: Outbox) -> Item:

@@ -56,9 +56,13 @@ def test_a_run_is_accepted_once() -> None:
     assert len(made.of(made.commands, c.Accept)) == 1
 
 
-def test_the_acceptance_is_written_before_anything_is_assigned() -> None:
+def test_work_that_may_run_in_vain_is_assigned_at_once_and_work_with_effects_after_the_acceptance() -> None:
     made = desk()
     made.submit(chain(1))
+    kinds = [type(command) for command in made.commands]
+    assert kinds.index(c.Assign) < kinds.index(c.Accept)
+    made = desk()
+    made.submit(workflow([operator("mail", type="python.call", params={"function": "f", "effect": True})]))
     kinds = [type(command) for command in made.commands]
     assert kinds.index(c.Accept) < kinds.index(c.Assign)
 
