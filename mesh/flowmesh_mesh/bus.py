@@ -385,6 +385,7 @@ class Bus(StreamApi):
         data: bytes,
         then: Callable[[int | FlowmeshError], None],
         *,
+        message_id: str = "",
         expect: Expect | None = None,
         timeout_s: float = 2.0,
     ) -> None:
@@ -405,7 +406,10 @@ class Bus(StreamApi):
                 sequence = error
             then(sequence)
 
-        self._begin(subject, data, settle, timeout_s, expect.headers() if expect is not None else None)
+        fields = expect.headers() if expect is not None else {}
+        if message_id:
+            fields[MESSAGE_ID] = message_id
+        self._begin(subject, data, settle, timeout_s, fields)
 
     async def store_batch(
         self, messages: Sequence[tuple[str, bytes]], *, expect: Expect | None = None, timeout_s: float = 5.0

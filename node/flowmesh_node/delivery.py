@@ -109,6 +109,7 @@ class Delivery:
         if part.offers == 1 and self.bus.connected:
             # The stream takes it without an answer; what counts is the leader's commit, and without one it is offered again.
             self.bus.post(subjects.node_done(self.node), part.data)
+            self.bus.push()
             return
         # A name of its own for every offer: the broker must not take a deliberate repetition for a duplicate.
         task = asyncio.create_task(self._store(part, f"{assignment}.{part.number}.{part.offers}"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowmesh_cas.cid import DAG_CBOR, cid_text
-from flowmesh_cas.errors import TransientError, UsageError
+from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.client.blocks import put
 from flowmesh_mesh.client.run import Run
@@ -80,20 +80,45 @@ def inline_blocks(store: BlockStore, root: bytes) -> tuple[bytes, ...] | None:
     return tuple(blocks)
 
 
-async def publish(bus: Bus, run: str, payload: bytes, deadline_s: float) -> None:
-    """Store the submission in the broker's stream, once whatever happens: every try carries the run id."""
+def begin(bus: Bus, run: str, payload: bytes) -> asyncio.Future[int]:
+    """Send the submission to the broker's stream now; the future holds its sequence, or why it has none."""
+    stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def settle(answer: int | FlowmeshError) -> None:
+        if stored.done():
+            return
+        if isinstance(answer, int):
+            stored.set_result(answer)
+        else:
+            stored.set_exception(answer)
+
+    try:
+        bus.store_then(subjects.TENANT_SUBMIT, payload, settle, message_id=run, timeout_s=STORE_TIMEOUT_S)
+        bus.push()
+    except TransientError as error:
+        settle(error)
+    return stored
+
+
+async def publish(bus: Bus, run: str, payload: bytes, deadline_s: float, first: asyncio.Future[int]) -> None:
+    """See that the submission is stored, once whatever happens: every try carries the run id. ``first`` is under way."""
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline_s
     pause = 0.1
+    try:
+        await first
+        return
+    except TransientError:
+        pass
     while True:
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, 2.0)
         try:
             await bus.store(subjects.TENANT_SUBMIT, payload, message_id=run, timeout_s=STORE_TIMEOUT_S)
             return
         except TransientError:
             if loop.time() + pause >= end:
                 raise
-        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(2 * pause, 2.0)
 
 
 async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: float) -> Run:
@@ -107,7 +132,7 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
     handle = Run(mesh, run)
     await handle.follow(from_start=True)
     payload = encode(Submit(run, compiled.cid, blocks or ()))
-    stored = asyncio.create_task(publish(bus, run, payload, deadline_s))
+    stored = asyncio.create_task(publish(bus, run, payload, deadline_s, begin(bus, run, payload)))
     try:
         await _accepted(handle, stored, deadline_s)
     except BaseException:
