@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import uvloop
 
 from flowmesh_cas.errors import FlowmeshError, TransientError
 from flowmesh_cas.pack_store import PackStore
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     gc.set_threshold(100_000, 20, 20)  # runs of many operators are many long-lived objects: look at them seldom
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(serve(options.dir))
+        uvloop.run(serve(options.dir))
     except FlowmeshError as error:
         print(f"error: {error.message}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
         sys.exit(error.exit_code)
