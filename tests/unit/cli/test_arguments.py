@@ -62,6 +62,7 @@ def test_the_lineage_names_every_operator_input_and_model_and_repeats_nothing() 
         ],
         "inputs": ["in-1"],
         "models": {"wheel:m": "sha256:1"},
+        "model_cids": {"wheel:m": "bafkmodel"},
     }
     assert lineage_lines(found) == [
         "join (t) res-join on n1",
@@ -73,7 +74,7 @@ def test_the_lineage_names_every_operator_input_and_model_and_repeats_nothing() 
         "",
         "3 records, 1 inputs given by the author, 1 models",
         "input in-1",
-        "model wheel:m: sha256:1",
+        "model bafkmodel (wheel:m, sha256:1)",
     ]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
+from tests.instructions import count_bytecode
 from tests.unit.scheduler.desk import Desk
 from tests.unit.scheduler.flows import Resources, Retry, chain, fan, operator, workflow
 
@@ -133,32 +131,6 @@ def take_over(count: int) -> None:
     made.successor("n1", "n2", checks_every=NEVER).work_off()
 
 
-def count_bytecode(action: Callable[[], object]) -> int:
-    """Return how many instructions of the core an action takes."""
-    count = 0
-
-    def local(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal count
-        if event == "opcode":
-            count += 1
-        return local
-
-    def enter(frame: FrameType, event: str, arg: Any) -> Any:
-        if "flowmesh_scheduler" not in frame.f_code.co_filename:
-            return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        return local
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        action()
-    finally:
-        sys.settrace(before)
-    return count
-
-
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -179,7 +151,7 @@ def count_bytecode(action: Callable[[], object]) -> int:
     ],
 )
 def test_twice_the_operators_take_about_twice_the_instructions(scenario: Callable[[int], None]) -> None:
-    once, twice = (count_bytecode(lambda n=n: scenario(n)) for n in (SIZE, 2 * SIZE))  # type: ignore[misc]
+    once, twice = (count_bytecode(lambda n=n: scenario(n), "flowmesh_scheduler") for n in (SIZE, 2 * SIZE))  # type: ignore[misc]
     assert twice / once <= GROWTH_MAX, (
         f"{once / SIZE:.0f} instructions per operator of {SIZE}, {twice / SIZE / 2:.0f} of {2 * SIZE}"
     )
