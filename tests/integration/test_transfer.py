@@ -135,19 +135,6 @@ async def test_what_is_here_is_not_asked_for(connect: Connect) -> None:
     assert bus.requests == 0
 
 
-async def test_what_is_here_is_found_fast(connect: Connect, tmp_path: Path) -> None:
-    bus = CountingBus(await connect("asker"))
-    with PackStore(tmp_path) as store:
-        leaf = store.put(RAW, b"tiny")
-        record = store.put(DAG_CBOR, encode_dag_cbor({"out": leaf}))
-        costs = []
-        for _ in range(20):
-            began = time.process_time()
-            assert await fetch(bus, store, record, ["nobody"]) == 0
-            costs.append(time.process_time() - began)
-    assert min(costs) < 0.001
-
-
 async def test_a_holder_that_lies_is_dropped_and_nothing_false_is_kept(connect: Connect) -> None:
     source, target = MemoryStore(), MemoryStore()
     imported = large_file(source, 12 * MIB)
