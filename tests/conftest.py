@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 
 import pytest
 from tests.fixtures_broker import broker, broker_process, mesh_broker
@@ -19,6 +20,12 @@ def _why_not(marker: str) -> str:
         return "" if shutil.which("npm") and shutil.which("node") else "node and npm are not installed"
     lacking = [name for name in _TORCH_NEEDS if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(lacking)} (make setup tells why)" if lacking else ""
+
+
+def pytest_configure() -> None:
+    """Let commands under test hear Ctrl-C even where the suite runs in the background of a shell, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

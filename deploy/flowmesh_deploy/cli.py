@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,7 +45,8 @@ def up(
             was_up = is_up(layout)
             keyring, fresh = prepare(layout, nodes=nodes, tenants=wanted, name=name, is_up=was_up)
             if not was_up:
-                supervisor = launch(layout, is_attached=is_foreground)
+                with _interrupts_held():
+                    supervisor = launch(layout, is_attached=is_foreground)
                 _await_lock(layout, supervisor)
         is_changed = nodes is not None or bool(fresh)
         status = _bring_up(layout, keyring, fresh, supervisor, is_changed=is_changed, timeout_s=timeout_s)
@@ -158,6 +161,18 @@ def _exit_on_terminate() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep what would interrupt this command until the end: a process begun here is known before anything can be raised."""
+    import signal
+
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _stay(supervisor: Popen[bytes]) -> None:

@@ -243,6 +243,25 @@ def test_an_interrupted_start_leaves_nothing_running(layout: Layout, number: int
     assert not up(layout)["was_up"] or starting.returncode == 0
 
 
+def test_an_interruption_while_the_supervisor_is_begun_ends_it_too(layout: Layout) -> None:
+    begin = """
+import os, signal
+from flowmesh_deploy import control
+from flowmesh_mesh.cli import main
+launch = control.launch
+def interrupted(*arguments, **options):
+    supervisor = launch(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return supervisor
+control.launch = interrupted
+main()
+"""
+    command = [sys.executable, "-c", begin, "up", "--dir", str(layout.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130, done.stderr
+    assert not is_up(layout)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_mesh_in_the_foreground_ends_with_its_command(layout: Layout, number: int) -> None:
     starting = _start(layout, "--foreground")
