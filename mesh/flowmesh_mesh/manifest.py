@@ -185,7 +185,7 @@ class Acceptance(_Kept, frozen=True):
     """Ledger entry: the run is accepted; its manifest and given inputs are held by the mesh.
 
     ``models`` maps each reference of the manifest to the digest it was pinned to (``sha256:...``). ``blocks`` carries the
-    manifest and its inputs when they are small: then the ledger itself holds them.
+    manifest and its inputs when they are small: then the ledger itself holds them. ``model_bytes`` is the size behind each digest.
     """
 
     tenant: str
@@ -198,6 +198,7 @@ class Acceptance(_Kept, frozen=True):
     blocks: list[bytes] = []
     name: str = ""
     v: int = MANIFEST_VERSION
+    model_bytes: dict[str, int] = {}
 
 
 class RunEnd(_Kept, frozen=True):

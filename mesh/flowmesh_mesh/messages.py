@@ -230,16 +230,22 @@ class Beat(_Message, frozen=True, tag="beat/1"):
 
 
 class Device(_Message, frozen=True):
-    """One accelerator, as measured; sizes in bytes."""
+    """One accelerator, as measured; sizes in bytes. What is 0 of its figures is looked up by its name."""
 
     kind: str
     name: str
     uuid: str = ""
     memory_bytes: int = 0
+    flops: float = 0.0
+    bandwidth_bytes_per_s: float = 0.0
 
 
 class NodeRecord(_Message, frozen=True, tag="node/1"):
-    """What a node says of itself when it joins and when it changes."""
+    """What a node says of itself when it joins and when it changes.
+
+    ``hazard_per_hour`` is how often such a node is taken away by its owner; ``watts`` and ``idle_watts`` what it draws busy and idle;
+    ``bandwidth_bytes_per_s`` of its link; 0 is unknown.
+    """
 
     node: str
     public_key: str
@@ -255,6 +261,11 @@ class NodeRecord(_Message, frozen=True, tag="node/1"):
     slots: int = 1
     site: str = ""
     state: str = "active"
+    hazard_per_hour: float = 0.0
+    watts: float = 0.0
+    idle_watts: float = 0.0
+    bandwidth_bytes_per_s: float = 0.0
+    egress_usd_per_gb: float = 0.0
 
 
 class Log(_Message, frozen=True, tag="log/1"):

@@ -159,6 +159,8 @@ class Resolver:
         self._bus = bus
         self._nodes = nodes
         self._known: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        """Size in bytes behind each digest that a node named."""
 
     def known(self, wanted: Iterable[str]) -> dict[str, str] | None:
         """Return the digests if all are known already."""
@@ -180,6 +182,7 @@ class Resolver:
                 answer = await self._ask(name, reference)
                 if answer is not None and answer.digest:
                     self._known[reference] = answer.digest
+                    self.sizes[answer.digest] = answer.size
                     return answer.digest
                 if answer is not None:
                     said[name] = answer.error

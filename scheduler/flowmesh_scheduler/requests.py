@@ -171,7 +171,10 @@ class Requests:
             if operator.code is not None:
                 self._leader.state.places.setdefault(operator.code.cid, set()).add(subjects.HUB)
         share = self._leader.config.share
-        self._leader.apply(e.Submitted(*pair, submission.manifest, submission.manifest_cid, models, submission.encoding, share))
+        known = self._leader.resolver.sizes
+        sizes = {digest: known[digest] for digest in models.values() if digest in known}
+        event = e.Submitted(*pair, submission.manifest, submission.manifest_cid, models, submission.encoding, share, sizes)
+        self._leader.apply(event)
 
     def _reject(self, pair: tuple[str, str], encoding: str, error: FlowmeshError) -> None:
         log.info("rejected run %s: %s", pair[1], error.message)

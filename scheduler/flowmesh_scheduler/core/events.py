@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flowmesh_mesh.manifest import Acceptance, Manifest, Ref, ResultRecord, RunEnd
+from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
 from flowmesh_mesh.messages import Assignment, Beat, Done, NodeRecord
 
 
@@ -20,6 +20,7 @@ class Submitted:
     models: Mapping[str, str] = field(default_factory=dict)
     encoding: str = "msgpack"
     share: str = "mesh"
+    model_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,5 +151,3 @@ Event = (
     | Recovered
     | Tick
 )
-
-__all__ = ["Event", "Ref"]

@@ -29,6 +29,7 @@ def submit(state: State, event: Submitted, now_us: int, out: Outbox) -> None:
         encoding=event.encoding,
         share=event.share,
         name=event.manifest.name,
+        model_bytes=dict(event.model_bytes),
     )
     out.add(Accept(acceptance, event.manifest.name, len(event.manifest.operators)))
     start_run(state, acceptance, event.manifest, out)

@@ -30,10 +30,14 @@ from flowmesh_scheduler.core.placement import place
 from flowmesh_scheduler.core.state import State, VertexState, WorkState
 
 
-def step(state: State, event: Event, now_us: int) -> list[Command]:
+Placer = Callable[[State, int, Outbox], None]
+"""What gives ready work to nodes: (state, now_us, out)."""
+
+
+def step(state: State, event: Event, now_us: int, placer: Placer = place) -> list[Command]:
     """Apply one event; return what is to be done about it, in order.
 
-    Deterministic: the same events at the same times give the same commands.
+    Deterministic: the same events at the same times give the same commands. Another ``placer`` is another policy, for comparison.
     """
     out = Outbox()
     _HANDLERS[type(event)](state, event, now_us, out)
@@ -41,7 +45,7 @@ def step(state: State, event: Event, now_us: int) -> list[Command]:
     if type(event) is Recovered:
         for assignment in event.assignments:
             recovery.readopt(state, assignment, now_us, out)
-    place(state, now_us, out)
+    placer(state, now_us, out)
     while out.touched:
         touched, out.touched = out.touched, {}
         for run in touched.values():
