@@ -185,7 +185,7 @@ class Acceptance(_Kept, frozen=True):
     """Ledger entry: the run is accepted; its manifest and given inputs are held by the mesh.
 
     ``models`` maps each reference of the manifest to the digest it was pinned to (``sha256:...``). ``blocks`` carries the
-    manifest and its inputs when they are small: then the ledger itself holds them. ``model_bytes`` is the size behind each digest.
+    manifest and its inputs when they are small: then the ledger itself holds them. ``model_bytes`` is the size of each digest.
     """
 
     tenant: str

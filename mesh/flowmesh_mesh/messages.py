@@ -243,8 +243,8 @@ class Device(_Message, frozen=True):
 class NodeRecord(_Message, frozen=True, tag="node/1"):
     """What a node says of itself when it joins and when it changes.
 
-    ``hazard_per_hour`` is how often such a node is taken away by its owner; ``watts`` and ``idle_watts`` what it draws busy and idle;
-    ``bandwidth_bytes_per_s`` of its link; 0 is unknown.
+    ``hazard_per_hour`` is how often such a node is taken away by its owner; ``watts`` and ``idle_watts`` what it draws busy and
+    idle; ``bandwidth_bytes_per_s`` of its link; 0 is unknown.
     """
 
     node: str

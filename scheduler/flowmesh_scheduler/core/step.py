@@ -29,7 +29,6 @@ from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.placement import place
 from flowmesh_scheduler.core.state import State, VertexState, WorkState
 
-
 Placer = Callable[[State, int, Outbox], None]
 """What gives ready work to nodes: (state, now_us, out)."""
 
