@@ -35,7 +35,7 @@ bench: setup ## Benchmarks beside the raw broker loop and Ray; lines in out/benc
 	@$(python) -m bench $(args)
 
 docs: setup ## Write anew the pages of docs/ that are made from the code
-	@$(python) -m flowmesh_mesh.schema
+	@$(python) -m flowmesh_mesh.schema && $(python) -m flowmesh_mesh.reference
 
 clean: ## Remove what builds, tests and runs leave behind; .venv stays
 	@rm -rf build dist out .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -85,6 +85,14 @@ class NoopParams(Params, frozen=True, kw_only=True):
     sleep_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
 
 
+class DelayParams(Params, frozen=True, kw_only=True):
+    """``nonce`` makes operators differ; a batch of n takes ``batch_s`` + n · ``item_s`` seconds."""
+
+    nonce: Seed = 0
+    batch_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    item_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+
+
 class LoadParams(Params, frozen=True, kw_only=True):
     """``format`` auto goes by the file's name; ``limit`` keeps the first rows, 0 means all."""
 
@@ -289,6 +297,16 @@ _TYPES = (
         {"out": Port("value")},
         "inline",
         batches=True,
+    ),
+    OperatorType(
+        "flow.delay",
+        "Holds its node for a set time, as an engine does that runs many operators at once: for measuring batching.",
+        DelayParams,
+        {"after": Port("value", required=False, doc="anything that must come first")},
+        {"out": Port("value")},
+        "engine",
+        batches=True,
+        batch_params=("batch_s", "item_s"),
     ),
     OperatorType(
         "data.load", "Read a file into rows.", LoadParams, {"file": Port("file")}, {"rows": _ROWS}, "data", batches=True

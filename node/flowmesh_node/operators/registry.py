@@ -29,6 +29,7 @@ _HERE = "flowmesh_node.operators."
 
 REGISTRY: Mapping[str, Registered] = {
     "flow.noop": Registered(_HERE + "noop:Noop"),
+    "flow.delay": Registered(_HERE + "delay:Delay"),
     "data.load": Registered(_HERE + "data:Load", ("duckdb",)),
     "data.split": Registered(_HERE + "data:Split"),
     "data.concat": Registered(_HERE + "data:Concat"),
