@@ -278,15 +278,6 @@ class Log(_Message, frozen=True, tag="log/1"):
     at_us: int = 0
 
 
-class Progress(_Message, frozen=True, tag="progress/1"):
-    """How far an item is, 0..1, with a word for people."""
-
-    node: str
-    key: bytes
-    fraction: float
-    text: str = ""
-
-
 # --- leader to node --------------------------------------------------------------------------------------------------
 
 

@@ -93,10 +93,6 @@ def node_log(node: str) -> str:
     return f"fm.node.{node}.log"
 
 
-def node_progress(node: str) -> str:
-    return f"fm.node.{node}.progress"
-
-
 def node_record(node: str) -> str:
     """The node's own description (stream NODES, last value per node)."""
     return f"fm.nodes.{node}"
