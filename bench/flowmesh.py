@@ -12,9 +12,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.workloads import BATCH_S, ITEM_S
 from flowmesh_mesh.client import connect
 
 NODES = 2
+WARM_UPS = 2
+"""Rounds of W7 before those that are timed: the mesh learns what a batch costs."""
+
+TIMED_ROUNDS = 3
 COMMAND = str(Path(sys.executable).with_name("flowmesh"))
 RUN_TIMEOUT_S = 300.0
 T = TypeVar("T")
@@ -32,6 +37,11 @@ def noop(nonce: int, after: str | list[str] = "", size_bytes: int = 0) -> Docume
     if after:
         operator["inputs"] = {"after": after}
     return operator
+
+
+def delay(nonce: int) -> Document:
+    """Return one request of W7."""
+    return {"type": "flow.delay", "with": {"nonce": nonce, "batch_s": BATCH_S, "item_s": ITEM_S}}
 
 
 def collected(count: int, size_bytes: int, first: int, before: str = "") -> dict[str, Document]:
@@ -101,6 +111,14 @@ class FlowMesh:
 
     def gather(self, count: int, size_bytes: int, seed: int) -> float:
         return self._timed(document(collected(count, size_bytes, seed * 1_000_000), "last"))
+
+    def batched(self, count: int, seed: int) -> list[float]:
+        took_s = []
+        for number in range(WARM_UPS + TIMED_ROUNDS):
+            first = seed * 1_000_000 + number * count
+            operators = {f"n{place}": delay(first + place) for place in range(count)}
+            took_s.append(self._timed(document(operators, f"n{count - 1}")))
+        return took_s[WARM_UPS:]
 
     def stop(self) -> None:
         self._run(self._mesh.close())

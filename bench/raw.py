@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import nats
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy
 
+from bench.workloads import BATCH_S, ITEM_S
+
 WORKERS = 2
 START_DEADLINE_S = 15.0
 READ_AT_ONCE = 20
@@ -87,6 +89,8 @@ async def _work(url: str) -> None:
 
     async def run(message: Any) -> None:
         order = json.loads(message.data)
+        if "wait_s" in order:
+            await asyncio.sleep(order["wait_s"])
         if "reduce" in order:
             payload = str(await reduce(*order["reduce"])).encode()
         else:
@@ -197,6 +201,12 @@ class Raw:
         began = time.perf_counter()
         self._run(self._reduced([{"n": number, "bytes": size_bytes} for number in range(count)], size_bytes))
         return time.perf_counter() - began
+
+    def batched(self, count: int, seed: int) -> list[float]:
+        """Run the requests one by one: this loop knows no batches."""
+        began = time.perf_counter()
+        self._run(self._all([{"n": number, "wait_s": BATCH_S + ITEM_S} for number in range(count)]))
+        return [time.perf_counter() - began]
 
     def stop(self) -> None:
         for worker in self._workers:

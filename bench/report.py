@@ -1,4 +1,4 @@
-"""Records and tables: medians over the rounds, ratios of ours to each peer's, bars."""
+"""Records and tables: medians over the rounds, bars, and ours as a ratio to each peer's where a bar asks for it."""
 
 from __future__ import annotations
 
@@ -85,18 +85,25 @@ class Ledger:
         values = self._rounds.get((peer, figure))
         return median(values) if values else None
 
+    def measured(self, bar: Bar) -> float | None:
+        """Return what a bar is held against, or None when a side of it was not measured."""
+        ours = self.value(OURS, bar.figure)
+        if not bar.peer:
+            return ours
+        theirs = self.value(bar.peer, bar.figure)
+        return ours / theirs if ours and theirs else None
+
     def records(self) -> list[Record]:
-        """Return a record per figure and peer, then one per bar that both sides were measured for."""
+        """Return a record per figure and peer, then one per bar whose sides were measured."""
         found = [
             Record(f"{figure}.{peer}", median(values), self._units[figure], "", None, self._seed, self._commit, tuple(values))
             for (peer, figure), values in self._rounds.items()
         ]
         for bar in BARS:
-            ours, theirs = self.value(OURS, bar.figure), self.value(bar.peer, bar.figure)
-            if ours and theirs:
-                ratio = ours / theirs
-                name = f"{bar.figure}.{OURS}/{bar.peer}"
-                found.append(Record(name, ratio, "x", bar.text(), bar.holds(ratio), self._seed, self._commit))
+            value = self.measured(bar)
+            if value is not None:
+                name = f"{bar.figure}.{OURS}" + (f"/{bar.peer}" if bar.peer else "/bar")
+                found.append(Record(name, value, bar.unit, bar.text(), bar.holds(value), self._seed, self._commit))
         return found
 
     def table(self) -> Table:
@@ -106,21 +113,21 @@ class Ledger:
         for peer in self.peers():
             table.add_column(peer, justify="right")
         table.add_column("bar", justify="right")
-        bars = {bar.figure: bar for bar in BARS}
         for figure, unit in self._units.items():
             cells = [
                 "-" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
                 for value in (self.value(p, figure) for p in self.peers())
             ]
-            table.add_row(f"{figure} ({unit})", *cells, self._verdict(bars[figure]) if figure in bars else "")
+            verdicts = [self._verdict(bar) for bar in BARS if bar.figure == figure]
+            table.add_row(f"{figure} ({unit})", *cells, "\n".join(verdicts))
         return table
 
     def _verdict(self, bar: Bar) -> str:
-        ours, theirs = self.value(OURS, bar.figure), self.value(bar.peer, bar.figure)
-        if not ours or not theirs:
+        value = self.measured(bar)
+        if value is None:
             return bar.text()
-        ratio = ours / theirs
-        return f"{bar.text()}: {ratio:.2f}x {'ok' if bar.holds(ratio) else 'MISSED'}"
+        unit = bar.unit if bar.peer else f" {bar.unit}"
+        return f"{bar.text()}: {value:.2f}{unit} {'ok' if bar.holds(value) else 'MISSED'}"
 
 
 def write(records: list[Record], path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.workloads import WORKLOADS, Peer
 
-PEERS = ("flowmesh", "raw", "ray")
+PEERS = ("flowmesh", "raw", "ray", "ray-actor")
 
 
 def make_peer(name: str) -> Peer:
@@ -25,6 +25,10 @@ def make_peer(name: str) -> Peer:
         from bench.ray_tasks import RayTasks
 
         return RayTasks()
+    if name == "ray-actor":
+        from bench.ray_tasks import RayActors
+
+        return RayActors()
     if name == "flowmesh":
         from bench.flowmesh import FlowMesh
 
