@@ -99,7 +99,10 @@ def identify(state: State, vertex: Vertex, inputs: dict[str, list[Ref]]) -> tupl
     """Return operator key and model digests (by role) of a vertex."""
     pinned = vertex.run.acceptance.models
     digests = {role: pinned.get(reference, reference) for role, reference in vertex.operator.models.items()}
-    return operator_key(identity_record(vertex.operator, inputs, digests, salt_of(state, vertex))), digests
+    key = operator_key(identity_record(vertex.operator, inputs, digests, salt_of(state, vertex)))
+    if vertex.is_private and state.name_private is not None:
+        key = state.name_private(key)
+    return key, digests
 
 
 def enter(state: State, vertex: Vertex, out: Outbox) -> None:

@@ -7,7 +7,7 @@ Classes are plain and slotted: there may be a million vertices.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -258,6 +258,8 @@ class State:
     next_assignment: int = 0
     totals: dict[str, int] = field(default_factory=lambda: {"executed": 0, "shared": 0, "saved_us": 0, "repeated": 0})
     tenant_secrets: dict[str, bytes] = field(default_factory=dict)
+    name_private: Callable[[bytes], bytes] | None = None
+    """Told each private operator key as it is computed; returns the one to use: a recording notes it, a replay knows no secret."""
 
     def take_order(self) -> int:
         """Return the next number of arrival."""
