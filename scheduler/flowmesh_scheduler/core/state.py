@@ -259,7 +259,7 @@ class State:
     totals: dict[str, int] = field(default_factory=lambda: {"executed": 0, "shared": 0, "saved_us": 0, "repeated": 0})
     tenant_secrets: dict[str, bytes] = field(default_factory=dict)
     name_private: Callable[[bytes], bytes] | None = None
-    """Told each private operator key as it is computed; returns the one to use: a recording notes it, a replay knows no secret."""
+    """Told each private operator key as it is computed; returns the one to use. A recording notes it; a replay has no secret."""
 
     def take_order(self) -> int:
         """Return the next number of arrival."""
