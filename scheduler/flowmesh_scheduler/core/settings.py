@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+
+class TenantSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one tenant may have. Limits of 0 do not limit."""
+
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Share of the mesh in proportion to the weights of the other tenants that have work at the time."""
+
+    max_runs: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Most runs that have not ended; a submission beyond is rejected."""
+
+    max_operators: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Most operators of those runs that have not ended, ready and running ones among them; a submission beyond is rejected."""
+
+    max_slots: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Most assignments that run at once and have operators of this tenant in them; more of its work waits."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,3 +73,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     run_history: int = 200
     """Ended runs that stay in memory for questions; older ones are read from the ledger again."""
+
+    tenants: dict[str, TenantSettings] = {}
+    """Weights and quotas by tenant: in ``scheduler.json`` by its name, in the core by the key of its account."""

@@ -14,6 +14,7 @@ from enum import Enum
 from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref, Resources, RunEnd
 from flowmesh_mesh.messages import NodeRecord
 from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.core.fairness import Account, Shares
 from flowmesh_scheduler.core.settings import Settings
 
 
@@ -102,6 +103,7 @@ class Run:
     end: RunEnd | None = None
     saved_us: int = 0
     deadline_us: int = 0
+    account: Account = field(default_factory=Account)
 
     @property
     def is_stopped(self) -> bool:
@@ -119,6 +121,8 @@ class Work:
 
     ``issued`` holds attempt and node by assignment. ``avoided`` nodes are used only if there is no other, ``unfit`` ones never.
     ``ticket`` is the number of its place in the pool, or in the pause before that; any other place of it is void.
+    ``charged_us`` of a node's time are paid by ``payers`` (waiters by tenant), or by one ``tenant``; it waits under that tenant
+    and ``tag``. ``standing`` tells among what it is counted there: waiting, running, or neither.
     """
 
     key: bytes
@@ -147,6 +151,11 @@ class Work:
     is_hit: bool = False
     previous: Result | None = None
     pending: Result | None = None
+    tenant: str = ""
+    payers: dict[str, int] | None = None
+    charged_us: int = 0
+    tag: float = 0.0
+    standing: str = ""
 
     def roots(self) -> list[bytes]:
         """Return the roots of the inputs and the code."""
@@ -213,6 +222,7 @@ class Outstanding:
     assigned_at_us: int
     answered_at_us: int = 0
     confirmed: list[tuple[bytes, int, bytes]] = field(default_factory=list)
+    tenants: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -253,6 +263,7 @@ class State:
     places: dict[bytes, set[str]] = field(default_factory=dict)
     locating: dict[bytes, list[Work]] = field(default_factory=dict)
     speeds: dict[tuple[str, str], Speed] = field(default_factory=dict)
+    shares: Shares = field(default_factory=Shares)
     is_cut_off: bool = False
     next_order: int = 0
     next_assignment: int = 0
@@ -260,6 +271,9 @@ class State:
     tenant_secrets: dict[str, bytes] = field(default_factory=dict)
     name_private: Callable[[bytes], bytes] | None = None
     """Told each private operator key as it is computed; returns the one to use. A recording notes it; a replay has no secret."""
+
+    def __post_init__(self) -> None:
+        self.shares.tenants = self.settings.tenants
 
     def take_order(self) -> int:
         """Return the next number of arrival."""
