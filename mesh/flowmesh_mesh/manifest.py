@@ -138,7 +138,10 @@ class Receipt(_Kept, frozen=True):
 
 
 class Metered(_Kept, frozen=True):
-    """What running cost, measured on the node: times in microseconds, sizes in bytes."""
+    """What running cost, measured on the node: times in microseconds, sizes in bytes.
+
+    ``rows_shared`` of the ``rows`` were computed for another row of the batch too, and once for all that asked.
+    """
 
     load_us: int = 0
     fetch_us: int = 0
@@ -147,6 +150,7 @@ class Metered(_Kept, frozen=True):
     tokens_in: int = 0
     tokens_out: int = 0
     bytes_fetched: int = 0
+    rows_shared: int = 0
 
 
 class Origin(_Kept, frozen=True):

@@ -216,7 +216,10 @@ class Done(_Message, frozen=True, tag="done/1"):
 
 
 class Beat(_Message, frozen=True, tag="beat/1"):
-    """Heartbeat: renews the leases of what is held. ``resident`` are digests of loaded models; ``load`` 0..1."""
+    """Heartbeat: renews the leases of what is held. ``resident`` are digests of loaded models; ``load`` 0..1.
+
+    ``running`` assignments are at work; ``queued`` ones wait on the node for their inputs or for a process.
+    """
 
     node: str
     at_us: int
@@ -227,6 +230,7 @@ class Beat(_Message, frozen=True, tag="beat/1"):
     load: float = 0.0
     memory_free_bytes: int = 0
     state: str = "active"
+    queued: int = 0
 
 
 class Device(_Message, frozen=True):

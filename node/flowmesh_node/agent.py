@@ -212,11 +212,12 @@ class Agent:
             time.time_ns() // 1000,
             self.intake.epochs.highest,
             tuple({**dict.fromkeys(self.intake.held), **dict.fromkeys(self.delivery.unconfirmed())}),
-            self.intake.busy,
+            self.intake.busy - self.intake.queued,
             self.executors.resident,
             psutil.cpu_percent() / 100,
             min(psutil.virtual_memory().available, self.inventory.memory_bytes),
             self.state,
+            self.intake.queued,
         )
         self._post(subjects.node_beat(self.settings.node), encode(beat))
 

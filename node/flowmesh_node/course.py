@@ -133,6 +133,7 @@ class Course:
             tokens_in=result.tokens_in,
             tokens_out=result.tokens_out,
             bytes_fetched=self._fetched.bytes_fetched // count,
+            rows_shared=result.rows_shared,
         )
 
     def _log_of(self, index: int) -> Ref | None:

@@ -12,6 +12,7 @@ import psutil
 
 from flowmesh_cas.errors import TransientError
 from flowmesh_node.executor import Executor
+from flowmesh_node.lanes import Lane
 
 ROOM_BYTES = {"engine": 1536 * 2**20, "train": 2 * 2**30, "data": 512 * 2**20, "user": 256 * 2**20}
 """Memory that should be free before a process of this kind starts; idle processes are ended until it is."""
@@ -51,7 +52,10 @@ def _cpu_flags() -> str:
 
 
 class Executors:
-    """Lends processes, one batch each. ``slots`` engines and trainers together, one for data, ``user_slots`` for functions."""
+    """Lends processes, one batch each. ``slots`` engines and trainers together, one for data, ``user_slots`` for functions.
+
+    An engine that takes new rows between its steps would be lent to several batches at once; that is decided here alone.
+    """
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class Executors:
         self._memory_bytes = memory_bytes
         self._on_change = on_change
         sizes = {"accelerator": slots, "data": 1, "user": user_slots}
-        self._lanes = {lane: asyncio.Semaphore(size) for lane, size in sizes.items()}
+        self._lanes = {lane: Lane(size) for lane, size in sizes.items()}
         self._limits = {kind: sizes[lane] for kind, lane in _LANE.items()}
         self._all: list[Executor] = []
         self._is_closed = False
@@ -92,8 +96,10 @@ class Executors:
     @contextlib.asynccontextmanager
     async def lent(self, kind: str, digests: Iterable[str] = (), memory_bytes: int = 0) -> AsyncIterator[Executor]:
         """Lend a process of ``kind`` as soon as its lane is free, one that keeps a model of ``digests`` first."""
-        async with self._lanes[_LANE[kind]]:
-            executor = await self._choose(kind, set(digests), memory_bytes)
+        lane, wanted = self._lanes[_LANE[kind]], frozenset(digests)
+        await lane.enter(lambda: self._must_load(kind, wanted))
+        try:
+            executor = await self._choose(kind, wanted, memory_bytes)
             executor.is_lent = True
             try:
                 yield executor
@@ -101,19 +107,33 @@ class Executors:
                 executor.is_lent = False
                 await self._forget_dead()
                 self._on_change()
+        finally:
+            lane.leave()
 
-    async def _choose(self, kind: str, digests: set[str], memory_bytes: int) -> Executor:
+    def _must_load(self, kind: str, digests: frozenset[str]) -> bool:
+        """Tell whether no idle process keeps these models; only engines keep any."""
+        return kind == "engine" and bool(digests) and not any(digests <= set(each.resident) for each in self._idle(kind))
+
+    def _idle(self, kind: str) -> list[Executor]:
+        """Return the processes of ``kind`` that nobody uses, the one used last at the end."""
+        return sorted(
+            (each for each in self._all if each.kind == kind and each.is_alive and not each.is_lent),
+            key=lambda each: each.used_at,
+        )
+
+    async def _choose(self, kind: str, digests: frozenset[str], memory_bytes: int) -> Executor:
         await self._forget_dead()
         if self._is_closed:
             raise TransientError("this node is stopping")
-        idle = sorted((each for each in self._all if each.kind == kind and not each.is_lent), key=lambda each: each.used_at)
-        for each in reversed(idle):
-            if digests and digests & set(each.resident):
-                return each
+        idle = self._idle(kind)
+        keeping = [each for each in idle if digests & set(each.resident)]
+        blank = [each for each in idle if not each.resident]
+        if keeping or blank:
+            return (keeping or blank)[-1]
         # A process that keeps another model is worth more untouched, as long as there is room for one more process.
         same_kind = sum(each.kind == kind for each in self._all)
-        if idle and (not digests or not idle[-1].resident or same_kind >= self._limits[kind]):
-            return idle[-1] if not digests else idle[0]
+        if idle and (not digests or same_kind >= self._limits[kind]):
+            return idle[0] if digests else idle[-1]
         await self._make_room(max(memory_bytes, ROOM_BYTES[kind]))
         executor = Executor(kind, self._environment)
         executor.is_lent = True

@@ -54,6 +54,11 @@ class Intake:
         """Return how many assignments are not answered yet."""
         return sum(held.state != "answered" for held in self.held.values())
 
+    @property
+    def queued(self) -> int:
+        """Return how many of these are not at work yet: inputs on their way, or the process busy with another batch."""
+        return sum(held.state in ("accepted", "fetching", "queued") for held in self.held.values())
+
     # --- arrivals
 
     def receive(self, message: Message) -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, NotFoundError, UsageError
@@ -127,8 +128,7 @@ def settlement(index: int, result: Produced | Failed, scratch: str) -> frames.Se
         port: [_spilled(each, Path(scratch) / f".out-{index}-{port}-{n}") for n, each in enumerate(contents)]
         for port, contents in result.outputs.items()
     }
-    light = Produced(outputs, result.rows, result.tokens_in, result.tokens_out, result.exec_us)
-    return frames.Settled(index, produced=light)
+    return frames.Settled(index, produced=replace(result, outputs=outputs))
 
 
 def _spilled(each: Content, path: Path) -> Content:

@@ -90,13 +90,14 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """Success of one item."""
+    """Success of one item. ``rows_shared`` of its rows were computed by this batch once, for it and for others that asked."""
 
     outputs: dict[str, list[Content]]
     rows: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     exec_us: int = 0
+    rows_shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,12 @@ async def test_an_assignment_of_a_deposed_leader_is_not_begun(intake: Intake) ->
     assert ran(intake) == ["new"]
 
 
+async def test_a_node_tells_what_waits_from_what_runs(intake: Intake) -> None:
+    for place, state in enumerate(("accepted", "fetching", "queued", "running", "answered")):
+        intake.held[state] = Held(assignment(name=str(place)), None, state)
+    assert (intake.busy, intake.queued) == (4, 3)
+
+
 async def test_a_node_that_drains_begins_nothing(intake: Intake) -> None:
     intake.is_draining = True
     intake.hear(assignment())
