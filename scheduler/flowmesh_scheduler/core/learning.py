@@ -1,0 +1,51 @@
+"""From outcomes to costs: what the items of an assignment metered, added up, and learned from once all have succeeded."""
+
+from __future__ import annotations
+
+from flowmesh_mesh.messages import Outcome, Reason
+from flowmesh_scheduler.core.state import Outstanding, State
+
+
+def expect(state: State, outstanding: Outstanding) -> None:
+    """Note what an assignment that is given out is expected to take, to be compared with what it took."""
+    if outstanding.device:
+        outstanding.items = len(outstanding.running)
+        outstanding.expected_s = state.costs.exec_s(
+            outstanding.kind, outstanding.device, outstanding.node, outstanding.max_steps, outstanding.sum_units
+        )
+
+
+def gather(state: State, outstanding: Outstanding, outcome: Outcome) -> None:
+    """Add the outcome of one item; learn from the batch with the last, unless one failed or was taken away.
+
+    An outcome that comes twice counts once: the key is not among those ``running`` the second time.
+    """
+    if not outstanding.items or outcome.key not in outstanding.running:
+        return
+    if outcome.reason != Reason.SUCCEEDED:
+        outstanding.items = 0
+        return
+    metered = outcome.metered
+    outstanding.exec_us += metered.exec_us
+    if metered.load_us or metered.fetch_us:
+        outstanding.load_us += metered.load_us
+        outstanding.fetch_us += metered.fetch_us
+        outstanding.bytes_fetched += metered.bytes_fetched
+    outstanding.succeeded += 1
+    if outstanding.succeeded == outstanding.items:
+        _learn(state, outstanding)
+
+
+def _learn(state: State, outstanding: Outstanding) -> None:
+    state.costs.note_batch(
+        outstanding.kind,
+        outstanding.device,
+        outstanding.node,
+        outstanding.max_steps,
+        outstanding.sum_units,
+        max(outstanding.exec_us, 0) / 1e6,
+        max(outstanding.load_us, 0) / 1e6,
+        max(outstanding.fetch_us, 0) / 1e6,
+        max(outstanding.bytes_fetched, 0),
+        outstanding.expected_s,
+    )
