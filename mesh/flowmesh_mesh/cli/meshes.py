@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from flowmesh_mesh.cli.options import AsJson, ContextOption, TenantOption, on_mesh
 from flowmesh_mesh.cli.output import clean, counts_text, print_json, print_table, size, span
@@ -11,8 +13,19 @@ from flowmesh_mesh.cli.output import clean, counts_text, print_json, print_table
 _COLUMNS = ("NODE", "STATE", "DEVICES", ">CPUS", ">MEMORY", ">LOAD", ">RUNNING", ">$/H", "MODELS", ">SEEN")
 
 
-def status(as_json: AsJson = False, context: ContextOption = None, tenant: TenantOption = None) -> None:
-    """Show who leads, the nodes with devices, load and models held, the queues, the runs."""
+_TENANT_COLUMNS = ("TENANT", ">WEIGHT", ">SHARE", ">BEHIND", ">READY", ">RUNNING", ">RUNS", ">USED", "QUOTAS")
+
+ShowTenants = Annotated[bool, typer.Option("--tenants", help="Show shares, use and quotas of the tenants instead of the nodes.")]
+
+
+def status(
+    as_json: AsJson = False, tenants: ShowTenants = False, context: ContextOption = None, tenant: TenantOption = None
+) -> None:
+    """Show who leads, the nodes with devices, load and models held, the queues, the runs.
+
+    With --tenants: the weight of each tenant, its share of the mesh now, how many seconds of a node it is behind that share
+    (negative: ahead), its operators and runs, the seconds of nodes it has used, and its quotas.
+    """
     found = on_mesh(context, tenant, lambda mesh: mesh.status())
     if as_json:
         print_json(found)
@@ -28,7 +41,10 @@ def status(as_json: AsJson = False, context: ContextOption = None, tenant: Tenan
     saved = span(totals.get("saved_us") or 0)
     print(f"totals     {totals.get('executed', 0)} executed, {totals.get('shared', 0)} shared, {saved} saved")
     print()
-    _print_nodes(found.get("nodes") or [])
+    if tenants:
+        print_table(_TENANT_COLUMNS, map(_tenant_row, found.get("tenants") or []))
+    else:
+        _print_nodes(found.get("nodes") or [])
 
 
 def nodes(as_json: AsJson = False, context: ContextOption = None, tenant: TenantOption = None) -> None:
@@ -45,6 +61,23 @@ def _print_nodes(rows: list[dict[str, Any]]) -> None:
         print("no nodes; add one with `flowmesh-node join`")
         return
     print_table(_COLUMNS, map(_node_row, rows))
+
+
+def _tenant_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    limits = row.get("limits") or {}
+    used = {"runs": row.get("runs"), "operators": row.get("operators"), "slots": row.get("slots")}
+    quotas = ", ".join(f"{used[name]}/{limits[name]} {name}" for name in used if limits.get(name))
+    return (
+        row["tenant"],
+        f"{row['weight']:g}",
+        f"{100 * row['share']:.0f} %",
+        f"{row['lag_s']:.1f} s",
+        row.get("ready"),
+        row.get("running"),
+        row.get("runs"),
+        span(1e6 * row["used_s"]),
+        quotas,
+    )
 
 
 def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -258,11 +258,24 @@ def end(state: State, work: Work, actual_us: int) -> None:
     work.charged_us, work.payers = 0, None
 
 
+def succeed(state: State, work: Work, metered_us: int) -> None:
+    """Work has succeeded: it is charged what the node metered, but no more than the time for which the node had it."""
+    end(state, work, min(metered_us, max(work.charged_us, _elapsed_us(state, work))))
+
+
 def abandon(state: State, work: Work) -> None:
-    """Nobody wants this work any more: what it has not used is given back."""
-    running = state.assignments.get(work.assignment) if work.standing == "running" else None
-    used_us = 0 if running is None else state.shares.now_us - running.assigned_at_us
-    end(state, work, min(work.charged_us, max(0, used_us)))
+    """An attempt has failed, or nobody wants it any more: what it has not used is given back."""
+    end(state, work, min(work.charged_us, _elapsed_us(state, work)))
+
+
+def _elapsed_us(state: State, work: Work) -> int:
+    outstanding = state.assignments.get(work.assignment) if work.standing == "running" else None
+    return 0 if outstanding is None else max(0, state.shares.now_us - outstanding.assigned_at_us)
+
+
+def tenant_of(work: Work) -> str:
+    """Return under whom work is counted where it can be under one tenant only."""
+    return work.tenant or next(iter(work.waiters)).run.tenant
 
 
 def join(state: State, work: Work, vertex: Vertex) -> bool:
