@@ -164,8 +164,9 @@ def _check_work(state: State, work: Work) -> None:
 def _is_queued(state: State, work: Work) -> bool:
     if any(entry[2] is work and entry[1] == work.ticket for entry in state.delayed):
         return bool(work.not_before_us)
-    heap = state.pool.get(pool_key(work), [])
-    return any(entry[3] is work and entry[2] == work.ticket for entry in heap)
+    queue = state.pool.get(pool_key(work))
+    heaps = [] if queue is None else queue.heaps.values()
+    return any(entry[3] is work and entry[2] == work.ticket for heap in heaps for entry in heap)
 
 
 def _check_outstanding(state: State, outstanding: Outstanding) -> None:
@@ -200,14 +201,15 @@ def _check_node(state: State, node: Node) -> None:
 def _check_pool(state: State) -> None:
     """Assert what holds of the pool.
 
-    Invariant: no heap is empty; what is live in a heap agrees in everything that decides where it may run.
+    Invariant: a queue counts what is in its heaps; what is live in a heap agrees in everything that decides where it may run.
     """
-    for key, heap in state.pool.items():
-        assert heap
-        for index, (_, _, ticket, work) in enumerate(heap):
-            assert index == 0 or heap[(index - 1) // 2][:3] <= heap[index][:3]
-            if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
-                assert pool_key(work) == key, f"{work.operator.name} is in the wrong queue"
+    for key, queue in state.pool.items():
+        assert queue.count == sum(map(len, queue.heaps.values()))
+        for heap in queue.heaps.values():
+            for index, (_, _, ticket, work) in enumerate(heap):
+                assert index == 0 or heap[(index - 1) // 2][:3] <= heap[index][:3]
+                if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
+                    assert pool_key(work) == key, f"{work.operator.name} is in the wrong queue"
 
 
 def _check_places(state: State) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowmesh_mesh.manifest import Cancellation, Ref, RunEnd
 from flowmesh_mesh.messages import Reason
 from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import EndRun, Keep, RecordCancel
 from flowmesh_scheduler.core.events import CancelRequested, Kept
 from flowmesh_scheduler.core.outbox import Outbox
@@ -35,6 +36,7 @@ def stop(state: State, run: Run, reason: str, actor: str, out: Outbox) -> None:
             continue
         abandoned = detach(state, vertex, out)
         if abandoned is not None:
+            fairness.abandon(state, abandoned)
             take_away(state, abandoned, out)
             state.works.pop(abandoned.key, None)
         vertex.reason = reason
@@ -87,6 +89,7 @@ def end_if_settled(state: State, run: Run, now_us: int, out: Outbox) -> None:
         counts={name: n for name, n in run.counts.items() if n},
         saved_us=run.saved_us,
     )
+    run.account.runs -= 1
     out.ends.append(EndRun(run.end, state_word))
 
 

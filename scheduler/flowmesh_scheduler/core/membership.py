@@ -29,10 +29,14 @@ def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> Non
         known.state = record.state
         known.last_beat_us = now_us
         known.disconnected_at_us = 0
+        state.touch(known)
         return
     if known is not None:
         _take_back(state, known, out, counts_as_loss=True)
-    state.nodes[record.node] = Node(record, now_us, record.state)
+        state.touch(known)
+    node = state.nodes[record.node] = Node(record, now_us, record.state)
+    state.touch(node)
+    state.costs.know_node(record.node, record.bandwidth_bytes_per_s)
 
 
 def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
@@ -43,10 +47,13 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     if beat.state == "left":
         lose(state, node, now_us, out, counts_as_loss=False)
         return
+    resident = frozenset(beat.resident) | _being_loaded(node)
+    if node.disconnected_at_us or node.state != beat.state or node.resident != resident:
+        state.touch(node)
     node.last_beat_us = now_us
     node.disconnected_at_us = 0
     node.state = beat.state
-    node.resident = frozenset(beat.resident)
+    node.resident = resident
     node.load, node.running, node.memory_free_bytes = beat.load, beat.running, beat.memory_free_bytes
     held = dict.fromkeys(beat.held)
     for assignment in held:
@@ -56,6 +63,12 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     for outstanding in list(node.assignments.values()):
         if _is_forgotten(outstanding, outstanding.id in held, lost_after_us):
             _requeue(state, outstanding, out, counts_as_loss=False)
+
+
+def _being_loaded(node: Node) -> frozenset[str]:
+    """Return the models of what was given to a node and still runs: it has them, or is loading them."""
+    here = (o for o in node.assignments.values() if o.running and o.executor in ("engine", "train"))
+    return frozenset(o.kind[1] for o in here if o.kind[1])
 
 
 def _is_forgotten(outstanding: Outstanding, is_held: bool, lost_after_us: int) -> bool:
@@ -92,6 +105,7 @@ def on_disconnected(state: State, name: str, now_us: int) -> None:
     node = state.nodes.get(name)
     if node is not None and not node.disconnected_at_us and node.state != "gone":
         node.disconnected_at_us = now_us
+        state.touch(node)
 
 
 def watch_leases(state: State, now_us: int, out: Outbox) -> None:
@@ -114,6 +128,7 @@ def lose(state: State, node: Node, now_us: int, out: Outbox, *, counts_as_loss: 
     """A node is gone: whatever it held runs elsewhere."""
     node.state = "gone"
     node.disconnected_at_us = node.disconnected_at_us or now_us
+    state.touch(node)
     _take_back(state, node, out, counts_as_loss=counts_as_loss)
 
 
@@ -128,7 +143,7 @@ def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_l
     take_back(state, outstanding.id, TakenBack(outstanding.node, life, tuple(w.key for w in works), counts_as_loss))
     for work in works:
         work.assignment = ""
-        work.avoided.add(outstanding.node)
+        work.avoided |= {outstanding.node}
         if counts_as_loss:
             work.nodes_lost += 1
             state.totals["repeated"] += 1
@@ -145,3 +160,4 @@ def restore_leases(state: State, now_us: int) -> None:
         if node.state != "gone":
             node.last_beat_us = now_us
             node.disconnected_at_us = node.disconnected_at_us and now_us
+            state.touch(node)

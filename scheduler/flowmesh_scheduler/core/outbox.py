@@ -34,7 +34,9 @@ class Outbox:
         counts[before.word] = counts.get(before.word, 0) - 1
         counts[state.word] = counts.get(state.word, 0) + 1
         if state.is_final != before.is_final:
-            run.unfinished += -1 if state.is_final else 1
+            change = -1 if state.is_final else 1
+            run.unfinished += change
+            run.account.operators += change
         vertex.state = state
         pair = run.id_pair
         if state is not VertexState.READY and state is not VertexState.WAITING:

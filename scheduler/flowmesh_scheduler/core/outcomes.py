@@ -10,12 +10,15 @@ from flowmesh_mesh import receipts
 from flowmesh_mesh.manifest import Origin, Receipt, ResultManifest, ResultRecord, encode_record, record_cid
 from flowmesh_mesh.messages import Commit, Done, Outcome, Reason
 from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.events import Committed, DoneReceived
+from flowmesh_scheduler.core.fleet import can_run
+from flowmesh_scheduler.core.learning import gather
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import close_if_empty, executor_of, free_slot, hand_over, note_answer, take_away
 from flowmesh_scheduler.core.planning import deliver, fail_work, plan_again, settle
-from flowmesh_scheduler.core.state import Node, Outstanding, Result, Speed, State, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import Outstanding, Result, State, Vertex, VertexState, Work, WorkState
 
 _RETRIED = frozenset({Reason.CRASHED, Reason.OOM, Reason.TIMEOUT, Reason.INTERNAL})
 _UNFIT = frozenset({Reason.MODEL_MISSING, Reason.UNSATISFIABLE})
@@ -61,6 +64,7 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                 _forget(outstanding, work)
                 _fail(state, work, outcome, done.node, now_us, out)
         if outstanding is not None:
+            gather(state, outstanding, outcome)
             note_answer(state, outstanding, outcome.key)
     if outstanding is not None:
         if done.last:
@@ -127,7 +131,8 @@ def _succeed(
     out: Outbox,
 ) -> None:
     _note_places(state, outcome, done.node, blocks)
-    _learn(state, work, outcome)
+    metered = outcome.metered
+    fairness.succeed(state, work, metered.load_us + metered.fetch_us + metered.exec_us)
     if work.assignment and work.assignment != done.assignment:
         take_away(state, work, out)
     previous = work.previous
@@ -217,28 +222,10 @@ def _note_places(state: State, outcome: Outcome, node: str, blocks: Mapping[byte
                 places.add(HUB)
 
 
-def _learn(state: State, work: Work, outcome: Outcome) -> None:
-    """Smooth what running this kind of work costs (weight 0.2 for the newest)."""
-    seconds = outcome.metered.exec_us / 1e6
-    key = speed_key(work)
-    speed = state.speeds.get(key)
-    if speed is None:
-        state.speeds[key] = Speed(seconds, outcome.metered.load_us / 1e6, 1)
-        return
-    speed.operator_s += 0.2 * (seconds - speed.operator_s)
-    if outcome.metered.load_us:
-        speed.load_s += 0.2 * (outcome.metered.load_us / 1e6 - speed.load_s)
-    speed.samples += 1
-
-
-def speed_key(work: Work) -> tuple[str, str]:
-    """Return under what the cost of this work is learned."""
-    return (work.operator.type, next(iter(work.model_digests.values()), ""))
-
-
 def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, out: Outbox) -> None:
     """Decide what a failed attempt means: look for inputs, try elsewhere, or give up."""
     reason = _FAILURES.get(outcome.reason, Reason.INTERNAL)
+    fairness.abandon(state, work)
     work.assignment = ""
     if reason == Reason.INPUT_MISSING and work.misses < _INPUT_MISSES_LIMIT:
         work.misses += 1
@@ -249,33 +236,20 @@ def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, ou
         out.queueing.append(work)
         return
     if reason in _UNFIT:
-        work.unfit.add(node)
-        if any(n.is_usable and n.name not in work.unfit and can_run(n, work) for n in state.nodes.values()):
+        work.unfit |= {node}
+        if any(n.is_usable and n.name not in work.unfit and can_run(n.record, work) for n in state.nodes.values()):
             out.queueing.append(work)
             return
     if reason in _RETRIED:
         work.failures += 1
         if work.failures < max(v.operator.retry.attempts for v in work.waiters):
-            work.avoided.add(node)
+            work.avoided |= {node}
             work.not_before_us = now_us + int(work.operator.retry.backoff_s * 2 ** (work.failures - 1) * 1e6)
             out.queueing.append(work)
             return
     for vertex in work.waiters:
         vertex.attempt, vertex.log = outcome.attempt, outcome.log
     fail_work(state, work, reason, outcome.error, node, out)
-
-
-def can_run(node: Node, work: Work) -> bool:
-    """Tell whether a node has the operator type, the numeric class and the hardware."""
-    record, needs = node.record, work.operator.resources
-    if work.operator.type not in record.types:
-        return False
-    numeric = work.operator.numeric
-    if numeric != "any" and numeric.removeprefix("exact:") not in record.numeric:
-        return False
-    if needs.gpus > len(record.devices) or needs.memory_bytes > record.memory_bytes or needs.cpus > record.cpus:
-        return False
-    return not needs.vram_bytes or any(d.memory_bytes >= needs.vram_bytes for d in record.devices)
 
 
 def on_committed(state: State, event: Committed, out: Outbox) -> None:

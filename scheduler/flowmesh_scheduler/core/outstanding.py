@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.messages import Abort, Commit
+from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Release, Tell
+from flowmesh_scheduler.core.learning import expect
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, VertexState, Work, WorkState
 
@@ -17,17 +19,22 @@ def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
     """Note that a node has an assignment; it takes a slot while something of it runs."""
     state.assignments[outstanding.id] = node.assignments[outstanding.id] = outstanding
     if outstanding.running:
+        outstanding.tenants = tuple(dict.fromkeys(fairness.tenant_of(work) for work in outstanding.open.values()))
+        fairness.occupy(state, outstanding.tenants)
+        expect(state, outstanding)
         node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
+        state.touch(node)
 
 
 def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int], now_us: int, out: Outbox) -> None:
     """Let work go on in an assignment that its node has in hand; ``attempts`` tells which attempt each is."""
     for work, attempt in attempts.items():
+        fairness.begin(state, work)
         work.state = WorkState.ASSIGNED
         work.assignment = assignment
         work.not_before_us = 0
         work.attempts = max(work.attempts, attempt)
-        work.issued[assignment] = (attempt, node.name)
+        work.issue(assignment, attempt, node.name)
         for vertex in work.waiters:
             vertex.node, vertex.attempt, vertex.started_at_us = node.name, attempt, now_us
             out.set_state(vertex, VertexState.ASSIGNED)
@@ -47,7 +54,10 @@ def free_slot(state: State, outstanding: Outstanding) -> None:
     """The node has nothing left to run of this assignment: it can take another."""
     if outstanding.running:
         outstanding.running.clear()
-        state.nodes[outstanding.node].busy[outstanding.executor] -= 1
+        fairness.occupy(state, outstanding.tenants, -1)
+        node = state.nodes[outstanding.node]
+        node.busy[outstanding.executor] -= 1
+        state.touch(node)
 
 
 def note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:
@@ -86,7 +96,10 @@ def release(state: State, outstanding: Outstanding, out: Outbox) -> Sequence[Wor
     """Take a whole assignment back; return the work that was still open."""
     _drop(state, outstanding)
     out.add(Release(outstanding.id, outstanding.node))
-    return [w for w in outstanding.open.values() if w.assignment == outstanding.id and w.state is WorkState.ASSIGNED]
+    works = [w for w in outstanding.open.values() if w.assignment == outstanding.id and w.state is WorkState.ASSIGNED]
+    for work in works:
+        fairness.end(state, work, 0)
+    return works
 
 
 def executor_of(work: Work) -> str:

@@ -1,206 +1,301 @@
-"""Batch and node, chosen together by one utility in dollars; every term is kept.
+"""One round: batches and nodes chosen together, the best first, until nothing is left that is worth placing.
 
-U(B, w) = value of the work done - price(w) * T(B, w), with T = load + fetch + exec. A batch is worth the dollars that
-a node of the usual price would cost for it, raised by priority. Of all feasible pairs the best is assigned, until none is left.
+Each market (kinds of executor that compete for the same slots) is cleared by itself. For a class of equal nodes the queues are
+ranked by what a second of such a node earns with their first batch; the price of a node's time is what the first batch that will
+find no node would earn with it. Of the best few queues every candidate (batch, node) is weighed with what that very node holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from heapq import heappop
+from bisect import insort
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
-from flowmesh_mesh.catalog import CATALOG
-from flowmesh_mesh.messages import Assignment, Item, Located
-from flowmesh_scheduler.core.commands import Assign
+from flowmesh_scheduler.core.assigning import assign
+from flowmesh_scheduler.core.classes import ORDER, NodeClass
+from flowmesh_scheduler.core.fleet import can_run, refresh
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outcomes import can_run, speed_key
-from flowmesh_scheduler.core.outstanding import executor_of, hand_over
-from flowmesh_scheduler.core.state import Node, Outstanding, PoolKey, State, VertexState, Work, WorkState
+from flowmesh_scheduler.core.pricing import Base, base_of, factors_of, held_back, lingers, usd_per_s
+from flowmesh_scheduler.core.queues import Queue
+from flowmesh_scheduler.core.state import Node, State, Work
+from flowmesh_scheduler.core.utility import Factors, score, terms
 
-_QUEUES_CONSIDERED = 64
-_INPUTS_SAMPLED = 16
-_ROUND_TRIP_S = 0.002
+_QUEUES_WEIGHED = 5
+"""Queues of which exact candidates are weighed for a class, from the best rank on."""
+
+_NODES_WEIGHED = 4
+"""With so few idle nodes in a class each is weighed; of more, the likely ones."""
+
+_NODES_COMPARED = 8
+_ALTERNATIVES_KEPT = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """The first of a queue on a node, with the terms of its utility (seconds and dollars)."""
+class Candidate(NamedTuple):
+    """A batch (so many of the first of a queue) on a node."""
 
-    queue: PoolKey
+    score: float
+    queue: Queue
+    klass: NodeClass
     node: Node
-    count: int
-    terms: dict[str, float]
+    base: Base
+    factors: Factors
 
-    @property
-    def score(self) -> float:
-        return self.terms["utility"]
+
+@dataclass(slots=True, frozen=True)
+class Alternative:
+    """What was not chosen: another node for the batch, or another batch for the node."""
+
+    label: str
+    node: str
+    count: int
+    queue: str
+    factors: Factors
+
+
+@dataclass(slots=True)
+class Decision:
+    """Why a batch went to a node: what its utility came from, and the best of what else was weighed."""
+
+    assignment: str
+    node: str
+    count: int
+    queue: str
+    factors: Factors
+    alternatives: tuple[Alternative, ...]
+    at_us: int
 
 
 def place(state: State, now_us: int, out: Outbox) -> None:
-    """Assign the best pair of batch and node while there is one."""
-    while state.pool and not state.is_cut_off:
-        best = max(_candidates(state), key=lambda c: c.score, default=None)
-        if best is None:
-            return
-        _assign(state, best, now_us, out)
-
-
-def _candidates(state: State) -> Iterator[Candidate]:
-    heads: list[tuple[tuple[int, int], PoolKey, Work]] = []
-    for key in list(state.pool):
-        head = _head(state, key)
-        if head is not None:
-            heads.append(((-head.priority, head.order), key, head))
-    heads.sort(key=lambda h: h[0])
-    considered = 0
-    for _, key, head in heads:
-        nodes = feasible(state, head)
-        if not nodes:
-            continue
-        count = batch_size(state, head, len(state.pool[key]), sum(free for _, free in nodes))
-        for node, _ in nodes:
-            yield Candidate(key, node, count, utility(state, head, count, node))
-        considered += 1
-        if considered == _QUEUES_CONSIDERED:
-            return
-
-
-def _head(state: State, key: PoolKey) -> Work | None:
-    """Return the first work of a queue that still wants a place; forget the others before it."""
-    heap = state.pool[key]
-    while heap:
-        _, _, ticket, work = heap[0]
-        if _wants_place(state, work, ticket):
-            return work
-        heappop(heap)
-    del state.pool[key]
-    return None
-
-
-def _wants_place(state: State, work: Work, ticket: int) -> bool:
-    return work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work
-
-
-def batch_size(state: State, work: Work, ready: int, free: int) -> int:
-    """Return how many of the ready operators to take, with ``free`` slots on all nodes that can run them.
-
-    Kinds that queue on a node shrink towards the end, so that all nodes finish together; others are dealt out evenly.
-    """
-    settings, kind = state.settings, executor_of(work)
-    if not CATALOG[work.operator.type].batches:
-        return 1
-    if settings.depth_limit[kind] > 1:
-        free = settings.depth_limit[kind] * sum(n.record.slots for n in state.nodes.values() if n.is_usable and can_run(n, work))
-    share = -(-ready // max(1, free))
-    speed = state.speeds.get(speed_key(work))
-    is_quick = speed is None or speed.operator_s * settings.batch_floor[kind] < settings.quick_batch_s
-    return min(settings.batch_limit[kind], max(settings.batch_floor[kind] if is_quick else 1, share))
-
-
-def feasible(state: State, work: Work) -> list[tuple[Node, int]]:
-    """Return the nodes that can run this work now, with their free slots; avoided ones only if there is no other."""
-    kind = executor_of(work)
-    depth = state.settings.depth_limit[kind]
-    able = [n for n in state.nodes.values() if n.is_usable and n.name not in work.unfit and can_run(n, work)]
-    wanted = [n for n in able if n.name not in work.avoided] or able
-    found = []
-    for node in wanted:
-        slots = depth * node.record.slots if kind in ("engine", "train", "user") else depth
-        free = slots - node.busy.get(kind, 0)
-        if kind in ("engine", "train"):
-            free = min(free, node.record.slots - node.busy.get("engine", 0) - node.busy.get("train", 0))
-        if free > 0:
-            found.append((node, free))
-    return found
-
-
-def utility(state: State, work: Work, count: int, node: Node) -> dict[str, float]:
-    """Return the terms of running ``count`` operators like ``work`` on a node: seconds, and dollars with sign."""
-    settings = state.settings
-    speed = state.speeds.get(speed_key(work))
-    exec_s = (speed.operator_s if speed else settings.operator_s) * count
-    load_s = 0.0
-    if work.model_digests and not node.resident.issuperset(work.model_digests.values()):
-        load_s = speed.load_s if speed and speed.load_s else settings.model_load_s
-    missing = [
-        ref for refs in work.inputs.values() for ref in refs[:_INPUTS_SAMPLED] if node.name not in state.places.get(ref.cid, ())
-    ]
-    fetch_s = sum(_ROUND_TRIP_S + max(ref.size, 0) / settings.bandwidth_bytes_per_s for ref in missing)
-    price = (node.record.price_per_hour or settings.price_per_hour) / 3600
-    value = settings.price_per_hour / 3600 * max(exec_s, 1e-6) * 2 * 1.25**work.priority
-    seconds = load_s + fetch_s + exec_s
-    waiting = 1e-9 * len(node.assignments)
-    return {
-        "value": value,
-        "load_s": load_s,
-        "fetch_s": fetch_s,
-        "exec_s": exec_s,
-        "cost": -price * seconds,
-        "queue": -waiting,
-        "utility": value - price * seconds - waiting,
-    }
-
-
-def _take(state: State, candidate: Candidate) -> list[Work]:
-    """Take up to ``count`` work from a queue."""
-    heap = state.pool[candidate.queue]
-    taken: list[Work] = []
-    while heap and len(taken) < candidate.count:
-        _, _, ticket, work = heappop(heap)
-        if _wants_place(state, work, ticket):
-            taken.append(work)
-    if not heap:
-        del state.pool[candidate.queue]
-    return taken
-
-
-def _assign(state: State, candidate: Candidate, now_us: int, out: Outbox) -> None:
-    works = _take(state, candidate)
-    if not works:
+    """Give ready work to nodes while there is a pair that is worth it."""
+    refresh(state)
+    if state.is_cut_off or not state.pool:
         return
-    node, head = candidate.node, works[0]
-    state.next_assignment += 1
-    identity = f"{state.epoch:x}-{state.next_assignment:x}"
-    executor = executor_of(head)
-    items = tuple(_item(state, work, identity, node.name, now_us, out) for work in works)
-    code = head.operator.code
-    assignment = Assignment(
-        epoch=state.epoch,
-        id=identity,
-        node=node.name,
-        type=head.operator.type,
-        version=head.operator.version,
-        batch_key=head.batch_key,
-        items=items,
-        models=dict(head.models),
-        model_digests=dict(head.model_digests),
-        code=None if code is None else Located(code, tuple(state.holders(code.cid))),
-        timeout_s=head.timeout_s,
-        lease_s=state.settings.lease_s,
-        memory_bytes=max(w.operator.resources.memory_bytes for w in works),
-        numeric=head.operator.numeric,
-        life=node.record.started_at_us,
-    )
-    hand_over(state, node, Outstanding(identity, node.name, executor, {w.key: w for w in works}, {w.key for w in works}, now_us))
-    may_run_in_vain = all(w.operator.determinism != "effect" for w in works)
-    out.assigns.append(Assign(assignment, candidate.terms, may_run_in_vain))
+    for market in ORDER:
+        if market in state.unsettled or market in state.fleet.changed:
+            _Round(state, market, now_us).clear(out)
+    state.fleet.changed.clear()
+    state.unsettled.clear()
+    state.unsettled |= state.held_back
+    state.held_back.clear()
 
 
-def _item(state: State, work: Work, assignment: str, node: str, now_us: int, out: Outbox) -> Item:
-    work.state = WorkState.ASSIGNED
-    work.assignment = assignment
-    work.attempts += 1
-    work.issued[assignment] = (work.attempts, node)
-    for vertex in work.waiters:
-        vertex.node, vertex.attempt, vertex.started_at_us = node, work.attempts, now_us
-        out.set_state(vertex, VertexState.ASSIGNED)
-    holders = state.holders
-    return Item(
-        work.key,
-        work.generation,
-        work.attempts,
-        work.operator.params,
-        {port: tuple(Located(ref, tuple(holders(ref.cid))) for ref in refs) for port, refs in work.inputs.items()},
-        work.operator.name,
-    )
+@dataclass(slots=True)
+class _Round:
+    """The clearing of one market."""
+
+    state: State
+    market: str
+    now_us: int
+    queues: list[Queue] = field(default_factory=list)
+    classes: list[NodeClass] = field(default_factory=list)
+    ranking: dict[int, list[tuple[float, int, Queue]]] = field(default_factory=dict)
+    prices: dict[int, float] = field(default_factory=dict)
+    best: dict[int, Candidate | None] = field(default_factory=dict)
+    weighed: list[Candidate] = field(default_factory=list)
+    least_tag: float = 0.0
+
+    def clear(self, out: Outbox) -> None:
+        """Assign the best candidate, again and again."""
+        self.classes = [c for c in self.state.fleet.classes.values() if c.idle[self.market]]
+        if not self.classes:
+            return
+        self._gather()
+        for klass in self.classes:
+            self._rank(klass)
+            self.best[klass.number] = self._search(klass)
+        while True:
+            found = [c for c in self.best.values() if c is not None]
+            if not found:
+                return
+            chosen = max(found, key=lambda c: (c.score, -c.queue.number, -c.klass.number))
+            self._assign(chosen, out)
+
+    def _gather(self) -> None:
+        """Look at every queue of the market: drop what is empty, find the tenant that is furthest behind."""
+        state = self.state
+        tags = []
+        for key, queue in list(state.pool.items()):
+            if queue.market != self.market:
+                continue
+            head = queue.first(state.works, state.may_start)
+            if head is not None:
+                self.queues.append(queue)
+                tags.append(head.tag)
+            elif not queue.heaps:
+                del state.pool[key]
+        self.least_tag = min(tags, default=0.0)
+
+    def _rank(self, klass: NodeClass) -> None:
+        """Order the queues by what a second of this class earns with them; find the price at which the idle nodes are taken."""
+        ranked = [(-self._base(queue, klass).rate, queue.number, queue) for queue in self.queues if self._is_able(queue, klass)]
+        ranked.sort()
+        self.ranking[klass.number] = ranked
+        slots, price = len(klass.idle[self.market]), 0.0
+        if self.market == "engine":
+            for rate, _, queue in ranked:
+                if slots <= 0:
+                    price = max(0.0, -rate)
+                    break
+                slots -= -(-queue.count // max(1, self._base(queue, klass).count))
+        self.prices[klass.number] = price
+
+    def _is_able(self, queue: Queue, klass: NodeClass) -> bool:
+        able = queue.able.get(klass.number)
+        if able is None:
+            head = queue.head
+            assert head is not None
+            able = queue.able[klass.number] = can_run(klass.sample, head)
+        return able
+
+    def _base(self, queue: Queue, klass: NodeClass) -> Base:
+        """Return what the first batch of a queue is worth on a class, whatever the node holds; kept until something changes."""
+        known = queue.bases.get(klass.number)
+        state = self.state
+        stamp = (queue.version, state.costs.version, self.least_tag)
+        if known is None or known.stamp != stamp:
+            slots = self._slots(queue)
+            known = queue.bases[klass.number] = base_of(state, queue, klass, slots, self.least_tag, self.now_us, stamp)
+        return known
+
+    def _slots(self, queue: Queue) -> int:
+        """Return among how many places the queue could be divided: idle nodes, or for kinds that queue on a node all of them."""
+        depth = self.state.settings.depth_limit.get(self.market, 1)
+        if self.market == "engine" or depth == 1:
+            return sum(len(c.idle[self.market]) for c in self.classes if self._is_able(queue, c))
+        able = [c for c in self.state.fleet.classes.values() if self._is_able(queue, c)]
+        return depth * sum(len(c.nodes) * c.sample.slots for c in able)
+
+    # --- weighing
+
+    def _search(self, klass: NodeClass) -> Candidate | None:
+        """Return the best exact candidate on an idle node of a class, of the queues that rank first."""
+        best: Candidate | None = None
+        weighed = 0
+        for _, _, queue in self.ranking[klass.number]:
+            if not queue.count or queue.first(self.state.works, self.state.may_start) is None:
+                continue
+            candidate = self._best_node(queue, klass)
+            if candidate is None:
+                continue
+            weighed += 1
+            if best is None or candidate.score > best.score:
+                best = candidate
+            if weighed >= _QUEUES_WEIGHED or self.market != "engine":
+                break
+        return best
+
+    def _best_node(self, queue: Queue, klass: NodeClass) -> Candidate | None:
+        """Return the best of the likely nodes for a queue; None where it is better to wait."""
+        state, head = self.state, queue.head
+        assert head is not None
+        base = self._base(queue, klass)
+        if lingers(state, queue, head, base, usd_per_s(state, klass), self.now_us):
+            state.held_back.add(self.market)
+            return None
+        best: Candidate | None = None
+        for node in self._likely(queue, klass, head):
+            factors = factors_of(state, queue, head, base, klass, node, self.prices[klass.number])
+            candidate = Candidate(score(factors), queue, klass, node, base, factors)
+            self.weighed.append(candidate)
+            if best is None or candidate.score > best.score:
+                best = candidate
+        if best is not None and len(state.fleet.classes) > 1:
+            count = base.count
+            if held_back(state, queue, head, best.factors, count, klass, self._base, self._is_able, self.now_us):
+                state.held_back.add(self.market)
+                return None
+        return best
+
+    def _likely(self, queue: Queue, klass: NodeClass, head: Work) -> list[Node]:
+        """Return the idle nodes that may be the best: all of few; of many one with the model, some with inputs, any one."""
+        idle = klass.idle[self.market]
+        barred = head.unfit
+        if head.avoided and self._has_other(head):
+            barred = barred | head.avoided
+        if barred:
+            idle = {name: node for name, node in idle.items() if name not in barred}
+        if len(idle) <= _NODES_WEIGHED:
+            found = list(idle.values())
+            return found if self.market == "engine" else sorted(found, key=self._busy)
+        return self._likely_of_many(queue, klass, head, idle)
+
+    def _busy(self, node: Node) -> int:
+        return node.busy.get(self.market, 0)
+
+    def _likely_of_many(self, queue: Queue, klass: NodeClass, head: Work, idle: dict[str, Node]) -> list[Node]:
+        state = self.state
+        found: dict[str, Node] = {}
+        warm = klass.warm.get(queue.model)
+        if queue.model and warm:
+            for name, node in warm.items():
+                if name in idle:
+                    found[name] = node
+                    break
+        for refs in head.inputs.values():
+            for ref in refs[:2]:
+                for name in sorted(state.places.get(ref.cid, ())):
+                    if name in idle and len(found) < _NODES_WEIGHED:
+                        found[name] = idle[name]
+        if self.market == "engine":
+            last = next(reversed(idle.values()))  # the others may come to rest, and be given back where they are rented
+        else:
+            last = min(islice(idle.values(), _NODES_COMPARED), key=self._busy)
+        found.setdefault(last.name, last)
+        return list(found.values())
+
+    def _has_other(self, head: Work) -> bool:
+        """Tell whether a node that can run it is neither unfit nor avoided, be it busy."""
+        return any(
+            n.is_usable and n.name not in head.unfit and n.name not in head.avoided and can_run(n.record, head)
+            for n in self.state.nodes.values()
+        )
+
+    # --- assigning
+
+    def _assign(self, chosen: Candidate, out: Outbox) -> None:
+        state, queue, klass = self.state, chosen.queue, chosen.klass
+        works = queue.take(chosen.base.count, state.works, chosen.base.fits(state))
+        if works:
+            identity = assign(state, chosen.node, works, self.now_us, out, terms(chosen.factors), chosen.factors.seconds)
+            state.note_decision(
+                Decision(
+                    identity, chosen.node.name, len(works), label_of(queue), chosen.factors, self._others(chosen), self.now_us
+                )
+            )
+        refresh(state)
+        for other in self.classes:
+            ranked = self.ranking[other.number]
+            if other is klass or ((known := self.best[other.number]) is not None and known.queue is queue):
+                if queue.count:
+                    self._move(ranked, queue, other)
+                self.best[other.number] = self._search(other) if other.idle[self.market] else None
+
+    def _move(self, ranked: list[tuple[float, int, Queue]], queue: Queue, klass: NodeClass) -> None:
+        """Give a queue that has changed its new rank."""
+        if queue.first(self.state.works, self.state.may_start) is None:
+            return
+        for index, entry in enumerate(ranked):
+            if entry[2] is queue:
+                del ranked[index]
+                break
+        insort(ranked, (-self._base(queue, klass).rate, queue.number, queue))
+
+    def _others(self, chosen: Candidate) -> tuple[Alternative, ...]:
+        """Return the best of what was weighed besides: other nodes for these works, other works for this node."""
+        near = [c for c in self.weighed if c is not chosen and (c.queue is chosen.queue or c.node is chosen.node)]
+        near += [c for c in self.best.values() if c is not None and c.queue is chosen.queue and c.klass is not chosen.klass]
+        self.weighed = [c for c in self.weighed if c.queue is not chosen.queue and c.node is not chosen.node][-32:]
+        found: dict[tuple[str, int], Candidate] = {}
+        for candidate in sorted(near, key=lambda c: -c.score):
+            if candidate.node is not chosen.node or candidate.queue is not chosen.queue:
+                found.setdefault((candidate.node.name, candidate.queue.number), candidate)
+        return tuple(
+            Alternative(f"{label_of(c.queue)} on {c.node.name}", c.node.name, c.base.count, label_of(c.queue), c.factors)
+            for c in list(found.values())[:_ALTERNATIVES_KEPT]
+        )
+
+
+def label_of(queue: Queue) -> str:
+    """Return the name of a queue for people: what its operators share."""
+    return queue.key if isinstance(queue.key, str) else queue.key[0]

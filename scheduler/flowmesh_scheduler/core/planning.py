@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from flowmesh_mesh.identity import batch_key, effect_salt, identity_record, operator_key, private_salt
 from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref
 from flowmesh_mesh.messages import Reason
+from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Accept
+from flowmesh_scheduler.core.costs import cost_class, size_of
 from flowmesh_scheduler.core.events import Submitted
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
@@ -31,6 +33,7 @@ def submit(state: State, event: Submitted, now_us: int, out: Outbox) -> None:
         name=event.manifest.name,
         model_bytes=dict(event.model_bytes),
     )
+    state.know_models(event.model_bytes)
     out.add(Accept(acceptance, event.manifest.name, len(event.manifest.operators)))
     start_run(state, acceptance, event.manifest, out)
 
@@ -39,6 +42,9 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
     """Build the vertices of a run and enter those that wait for nothing."""
     run = Run(acceptance.tenant, acceptance.run, manifest, acceptance)
     state.runs[run.id_pair] = run
+    run.account = state.shares.account(run.tenant)
+    run.account.runs += 1
+    run.account.operators += len(manifest.operators)
     vertices, consumers = run.vertices, run.consumers
     default_private = acceptance.share == "private"
     deadlines = [o.deadline_s for o in manifest.operators if o.deadline_s]
@@ -136,10 +142,12 @@ def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digest
         operator.priority,
         waiters={vertex: None},
         timeout_s=operator.timeout_s,
+        cost_kind=cost_class(operator, digests),
+        size=size_of(operator, inputs),
     )
     former, vertex.former = vertex.former, None
     if former is not None:
-        work.nodes_lost, work.avoided, work.unfit = former.nodes_lost, set(former.avoided), set(former.unfit)
+        work.nodes_lost, work.avoided, work.unfit = former.nodes_lost, former.avoided, former.unfit
         if former.key == work.key:
             work.attempts, work.failures, work.issued = former.attempts, former.failures, former.issued
     vertex.work = work
@@ -154,6 +162,8 @@ def attach(state: State, vertex: Vertex, work: Work, out: Outbox) -> None:
     vertex.former = None
     work.waiters[vertex] = None
     operator = vertex.operator
+    if fairness.join(state, work, vertex):
+        out.queueing.append(work)
     if work.state is WorkState.QUEUED or work.state is WorkState.LOCATING:
         is_wider = work.timeout_s and (not operator.timeout_s or operator.timeout_s > work.timeout_s)
         if is_wider or operator.priority > work.priority:
@@ -180,6 +190,7 @@ def _ask_for_hit(state: State, work: Work, result: Result, out: Outbox) -> None:
 
 def await_roots(state: State, work: Work, roots: Sequence[bytes], out: Outbox) -> None:
     """Park work until it is known who holds these roots."""
+    fairness.leave(state, work)
     work.state = WorkState.LOCATING
     work.awaited = set(roots)
     for root in dict.fromkeys(roots):
@@ -234,6 +245,7 @@ def settle(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
 
 def fail_work(state: State, work: Work, reason: str, error: str, node: str, out: Outbox) -> None:
     """No further attempt: every waiter fails with the reason, and what depends on it is skipped."""
+    fairness.abandon(state, work)
     state.works.pop(work.key, None)
     for vertex in work.waiters:
         vertex.work = None
@@ -311,7 +323,7 @@ def replace_result(work: Work) -> None:
     assert work.previous is not None
     work.is_hit = False
     work.generation = work.previous.generation + 1
-    work.avoided.add(work.previous.node)
+    work.avoided |= {work.previous.node}
 
 
 def detach(state: State, vertex: Vertex, out: Outbox) -> Work | None:
@@ -320,4 +332,6 @@ def detach(state: State, vertex: Vertex, out: Outbox) -> Work | None:
     if work is None:
         return None
     work.waiters.pop(vertex, None)
+    if fairness.part(state, work, vertex):
+        out.queueing.append(work)
     return None if work.waiters else work

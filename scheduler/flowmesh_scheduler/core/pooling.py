@@ -7,6 +7,8 @@ from heapq import heappop, heappush
 from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.manifest import Resources
 from flowmesh_mesh.messages import Reason
+from flowmesh_scheduler.core import fairness
+from flowmesh_scheduler.core.classes import MARKETS
 from flowmesh_scheduler.core.events import Located
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.planning import (
@@ -18,9 +20,12 @@ from flowmesh_scheduler.core.planning import (
     sources_of,
     wait_for_sources,
 )
+from flowmesh_scheduler.core.queues import Queue
 from flowmesh_scheduler.core.state import PoolKey, State, Vertex, VertexState, Work, WorkState
 
 _NO_DEMAND = Resources()
+_COMPANY = 8
+"""With how many others an operator is taken to share what a batch pays once, when it is told what the operator is worth."""
 
 
 def queue(state: State, work: Work, out: Outbox) -> None:
@@ -33,6 +38,7 @@ def queue(state: State, work: Work, out: Outbox) -> None:
         await_roots(state, work, unknown, out)
         return
     work.state = WorkState.QUEUED
+    work.queued_at_us = state.now_us
     if work.not_before_us:
         work.ticket = state.take_order()
         heappush(state.delayed, (work.not_before_us, work.ticket, work))
@@ -43,7 +49,24 @@ def queue(state: State, work: Work, out: Outbox) -> None:
 def push(state: State, work: Work) -> None:
     """Make work available to the placement; its earlier place, if it has one, is void."""
     work.ticket = state.take_order()
-    heappush(state.pool.setdefault(pool_key(work), []), (-work.priority, work.order, work.ticket, work))
+    key = pool_key(work)
+    queue = state.pool.get(key)
+    if queue is None:
+        market = MARKETS[CATALOG[work.operator.type].executor]
+        queue = state.pool[key] = Queue(key, state.take_order(), market, work.model)
+    work.seconds = _seconds(state, work)
+    fairness.enter(state, work, work.seconds)
+    queue.add(work, state.now_us)
+    state.unsettled.add(queue.market)
+
+
+def _seconds(state: State, work: Work) -> float:
+    """Return what work takes of a usual node's time as one of a batch."""
+    reference = state.fleet.reference
+    line = state.costs.line(work.cost_kind, reference.device if reference is not None else "")
+    steps, units = work.size
+    company = _COMPANY if CATALOG[work.operator.type].batches else 1
+    return (line.fixed_s + line.step_s * steps) / company + line.unit_s * units
 
 
 def pool_key(work: Work) -> PoolKey:
@@ -79,8 +102,9 @@ def on_located(state: State, event: Located, out: Outbox) -> None:
             node = state.nodes.get(name)
             if node is not None and node.state != "gone":
                 node.disconnected_at_us = 0
+                state.touch(node)
         for work in state.locating.pop(root, ()):
-            work.awaited.discard(root)
+            work.awaited = [other for other in work.awaited if other != root]
             if not work.awaited and work.state is WorkState.LOCATING and state.works.get(work.key) is work:
                 settled[work.key] = work
     for work in settled.values():
@@ -112,6 +136,7 @@ def recover_inputs(state: State, work: Work, missing: set[bytes], out: Outbox) -
 
     Each waiter by itself: the same input may be the author's gift in one run and an operator's result in another.
     """
+    fairness.end(state, work, 0)
     del state.works[work.key]
     for vertex in work.waiters:
         vertex.work, vertex.former = None, work

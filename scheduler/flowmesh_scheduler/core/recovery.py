@@ -21,6 +21,8 @@ def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> No
         known = state.results.get(key)
         if known is None or known.generation < record.generation:
             state.results[key] = _result(cid, record)
+    for found in event.runs:
+        state.know_models(found.acceptance.model_bytes)
     for end, acceptance in event.ended:
         state.ended[(end.tenant, end.run)] = (end, acceptance)
     entering: list[Vertex] = []
@@ -104,4 +106,4 @@ def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> N
     take_back(state, assignment.id, TakenBack(assignment.node, assignment.life, tuple(w.key for w in attempts), False))
     for work, attempt in attempts.items():
         work.attempts = max(work.attempts, attempt)
-        work.issued[assignment.id] = (attempt, assignment.node)
+        work.issue(assignment.id, attempt, assignment.node)

@@ -56,20 +56,99 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     )
     """Most assignments of a kind outstanding on one node; above 1 hides the round trip behind the work."""
 
+    batch_max_s: float = 60.0
+    """Most seconds that a batch of several operators is predicted to take: bounds what a lost node costs, and a tenant's wait."""
+
+    linger_s: dict[str, float] = msgspec.field(default_factory=lambda: {"engine": 0.05, "train": 0.0})
+    """Longest wait of a batch for others to join it, by kind; it waits only while what arrives saves more than the wait costs."""
+
+    hold_back_max_s: float = 300.0
+    """Longest wait for a better kind of node that is busy, while a worse one is idle."""
+
+    residency_s: float = 60.0
+    """For so long a loaded model is taken to stay: what arrives for it meanwhile shares the cost of the load."""
+
     bandwidth_bytes_per_s: float = 100e6
     """Assumed rate of a transfer between nodes until it has been measured."""
-
-    model_load_s: float = 10.0
-    """Assumed time to load a model that is not resident, until it has been measured."""
-
-    operator_s: float = 0.1
-    """Assumed time of one operator of a type never seen."""
 
     price_per_hour: float = 0.5
     """Dollars per hour of a node that names no price: keeps the terms of the utility comparable."""
 
+    energy_usd_per_kwh: float = 0.0
+    """Price of electricity, where the price of a node does not hold it: rented ones do."""
+
+    value_margin: float = 2.0
+    """Worth of an operator in what it costs on a usual node: above 1, so that work is worth doing on a worse node too."""
+
+    hold_s: float = 1.0
+    """Worth of ending an operator's wait, in seconds of a usual node: short work goes before long work of the same worth."""
+
+    deadline_weight: float = 4.0
+    """By how much more work is wanted as the slack to its stage's deadline goes to nothing."""
+
+    fair_scale_s: float = 2.0
+    """Work of a tenant that is so much further than the one furthest behind (virtual seconds) is wanted half as much."""
+
+    fair_floor: float = 1 / 64
+    """Least factor by which fairness lowers how much work is wanted."""
+
+    ablate: tuple[str, ...] = ()
+    """Parts switched off, to measure what they bring: batching, locality, learning, fairness."""
+
     lease_s: float = 10.0
     """Lease of an assignment as told to the node, renewed by its heartbeat."""
+
+    speculation_share: float = 0.05
+    """Most that second attempts beside stragglers may cost: a share of what the nodes cost in the last hour. 0: none are made."""
+
+    straggler_factor: float = 2.0
+    """An assignment is late once it ran this many times as long as predicted, and ``straggler_spreads`` relative deviations more."""
+
+    straggler_spreads: float = 3.0
+
+    straggler_min_s: float = 1.0
+    """Nothing is late before this: less is not worth a second attempt."""
+
+    sick_ratio: float = 2.0
+    """A node this many times slower than its peers may be sick; it is, if ``sick_z`` robust deviations say so too."""
+
+    sick_z: float = 4.0
+
+    sick_samples: int = 6
+    """Assignments of one class that must have been measured before a node is called slow."""
+
+    sick_peers: int = 2
+    """Fewest other nodes of the same class of device that a slow one is compared with."""
+
+    sick_failures: int = 3
+    """Fewest failed batches (crashed, internal, timeout) of one class of work before a node is called unreliable."""
+
+    sick_failure_rate: float = 0.5
+    """A node is unreliable if it fails at least this share of its batches, and three times the share of its peers."""
+
+    health_window_s: float = 900.0
+    """What happened longer ago says nothing of a node."""
+
+    cordon_share: float = 0.34
+    """Most of the nodes that the scheduler withholds by itself; one it always may, if others can do its work."""
+
+    cordon_pause_s: float = 60.0
+    """Pause of a sick node until it is tried with small work; doubled with every relapse."""
+
+    cordon_pause_max_s: float = 3600.0
+    """Longest pause; a node that did well for as long begins anew with the shortest."""
+
+    canaries: int = 3
+    """Small assignments in a row that must go well before a sick node is trusted again."""
+
+    canary_max_s: float = 10.0
+    """Longest predicted time of an operator that is used to try a sick node."""
+
+    trusts_new_nodes: bool = True
+    """Whether a node that nobody knows gets work like any other, or has to prove itself first."""
+
+    quarantine_s: float = 600.0
+    """How long an operator that took ``nodes_lost_limit`` nodes with it is not run for anybody."""
 
     run_history: int = 200
     """Ended runs that stay in memory for questions; older ones are read from the ledger again."""

@@ -6,16 +6,33 @@ Classes are plain and slotted: there may be a million vertices.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref, Resources, RunEnd
 from flowmesh_mesh.messages import NodeRecord
 from flowmesh_mesh.subjects import HUB
-from flowmesh_scheduler.core.fairness import Account, Shares
+from flowmesh_scheduler.core.classes import Fleet, NodeClass
+from flowmesh_scheduler.core.costs import CostClass, Costs, Size
+from flowmesh_scheduler.core.fairness import Account, Shares, may_start
 from flowmesh_scheduler.core.settings import Settings
+
+if TYPE_CHECKING:
+    from flowmesh_scheduler.core.placement import Decision
+    from flowmesh_scheduler.core.queues import Queue
+
+
+_NO_SIZE = Size(0.0, 1.0)
+_DECISIONS_KEPT = 2_000
+_NOTHING_ISSUED: Mapping[str, tuple[int, str]] = {}
+
+
+def _nothing_issued() -> Mapping[str, tuple[int, str]]:
+    """Return the one empty record that all work shares until it is issued: there may be a million."""
+    return _NOTHING_ISSUED
 
 
 class VertexState(Enum):
@@ -140,22 +157,44 @@ class Work:
     failures: int = 0
     misses: int = 0
     nodes_lost: int = 0
-    avoided: set[str] = field(default_factory=set)
-    unfit: set[str] = field(default_factory=set)
-    issued: dict[str, tuple[int, str]] = field(default_factory=dict)
+    avoided: frozenset[str] = frozenset()
+    unfit: frozenset[str] = frozenset()
+    issued: Mapping[str, tuple[int, str]] = field(default_factory=_nothing_issued)
     assignment: str = ""
     not_before_us: int = 0
     ticket: int = 0
     timeout_s: float = 0.0
-    awaited: set[bytes] = field(default_factory=set)
+    awaited: Collection[bytes] = ()
     is_hit: bool = False
     previous: Result | None = None
     pending: Result | None = None
     tenant: str = ""
+    cost_kind: CostClass = ("", "")
+    size: Size = _NO_SIZE
+    seconds: float = 0.0
+    queued_at_us: int = 0
+    deadline_us: int = 0
     payers: dict[str, int] | None = None
     charged_us: int = 0
     tag: float = 0.0
     standing: str = ""
+
+    @property
+    def model(self) -> str:
+        """The digest of the model that it needs loaded; empty if none."""
+        return self.cost_kind[1] if self.models else ""
+
+    @property
+    def steps(self) -> float:
+        return self.size[0]
+
+    @property
+    def units(self) -> float:
+        return self.size[1]
+
+    def issue(self, assignment: str, attempt: int, node: str) -> None:
+        """Note that an attempt was given to a node."""
+        self.issued = {**self.issued, assignment: (attempt, node)}
 
     def roots(self) -> list[bytes]:
         """Return the roots of the inputs and the code."""
@@ -194,6 +233,9 @@ class Node:
     last_beat_us: int
     state: str = "active"
     disconnected_at_us: int = 0
+    klass: NodeClass | None = None
+    classed_as: NodeRecord | None = None
+    warm: frozenset[str] = frozenset()
     assignments: dict[str, Outstanding] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
     resident: frozenset[str] = frozenset()
@@ -223,6 +265,18 @@ class Outstanding:
     answered_at_us: int = 0
     confirmed: list[tuple[bytes, int, bytes]] = field(default_factory=list)
     tenants: tuple[str, ...] = ()
+    kind: CostClass = ("", "")
+    device: str = ""
+    max_steps: float = 0.0
+    sum_units: float = 0.0
+    predicted_s: float = 0.0
+    items: int = 0
+    succeeded: int = 0
+    expected_s: float = 0.0
+    exec_us: int = 0
+    load_us: int = 0
+    fetch_us: int = 0
+    bytes_fetched: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -236,15 +290,6 @@ class TakenBack:
 
 
 @dataclass(slots=True)
-class Speed:
-    """What was measured of one (type, model): smoothed seconds per operator and per load."""
-
-    operator_s: float
-    load_s: float
-    samples: int = 0
-
-
-@dataclass(slots=True)
 class State:
     """Everything that the core knows."""
 
@@ -255,14 +300,21 @@ class State:
     finished: deque[tuple[str, str]] = field(default_factory=deque)
     works: dict[bytes, Work] = field(default_factory=dict)
     results: dict[bytes, Result] = field(default_factory=dict)
-    pool: dict[PoolKey, list[tuple[int, int, int, Work]]] = field(default_factory=dict)
+    pool: dict[PoolKey, Queue] = field(default_factory=dict)
+    unsettled: set[str] = field(default_factory=set)
+    held_back: set[str] = field(default_factory=set)
+    wake_us: int = 0
+    fleet: Fleet = field(default_factory=Fleet)
+    costs: Costs = field(default_factory=Costs)
+    model_bytes: dict[str, int] = field(default_factory=dict)
+    decisions: OrderedDict[str, Decision] = field(default_factory=OrderedDict)
+    now_us: int = 0
     delayed: list[tuple[int, int, Work]] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
     assignments: dict[str, Outstanding] = field(default_factory=dict)
     taken_back: dict[str, TakenBack] = field(default_factory=dict)
     places: dict[bytes, set[str]] = field(default_factory=dict)
     locating: dict[bytes, list[Work]] = field(default_factory=dict)
-    speeds: dict[tuple[str, str], Speed] = field(default_factory=dict)
     shares: Shares = field(default_factory=Shares)
     is_cut_off: bool = False
     next_order: int = 0
@@ -274,6 +326,26 @@ class State:
 
     def __post_init__(self) -> None:
         self.shares.tenants = self.settings.tenants
+
+    def know_models(self, sizes: Mapping[str, int]) -> None:
+        """Learn how large models are."""
+        for digest, size_bytes in sizes.items():
+            self.model_bytes[digest] = size_bytes
+            self.costs.know_model(digest, size_bytes)
+
+    def may_start(self, tenant: str) -> bool:
+        """Tell whether a tenant's quota allows one more assignment."""
+        return may_start(self, tenant)
+
+    def touch(self, node: Node) -> None:
+        """Note that a node has changed in something that a choice depends on."""
+        self.fleet.stale[node] = None
+
+    def note_decision(self, decision: Decision) -> None:
+        """Remember why a batch went where it went; the oldest memories go."""
+        self.decisions[decision.assignment] = decision
+        if len(self.decisions) > _DECISIONS_KEPT:
+            self.decisions.popitem(last=False)
 
     def take_order(self) -> int:
         """Return the next number of arrival."""

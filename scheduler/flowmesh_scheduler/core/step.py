@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flowmesh_scheduler.core import ending, membership, outcomes, planning, pooling, recovery
+from flowmesh_scheduler.core import ending, fairness, membership, outcomes, planning, pooling, recovery
 from flowmesh_scheduler.core.commands import Command
 from flowmesh_scheduler.core.events import (
     BeatReceived,
@@ -39,6 +39,8 @@ def step(state: State, event: Event, now_us: int, placer: Placer = place) -> lis
     Deterministic: the same events at the same times give the same commands. Another ``placer`` is another policy, for comparison.
     """
     out = Outbox()
+    state.now_us = now_us
+    state.shares.advance(now_us, state.shares.slots)
     _HANDLERS[type(event)](state, event, now_us, out)
     _drain(state, out)
     if type(event) is Recovered:
@@ -66,6 +68,7 @@ def _drain(state: State, out: Outbox) -> None:
             if work.waiters:
                 pooling.queue(state, work, out)
             else:
+                fairness.end(state, work, 0)
                 del state.works[work.key]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from tests.unit.scheduler.desk import Desk, tally
 from tests.unit.scheduler.flows import Resources, chain, content, fan, gpu, operator, workflow
 
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core.settings import Settings
+from flowmesh_scheduler.core.utility import score, terms
 
 
 def sql(name: str, **fields: Any) -> Any:
@@ -225,7 +227,10 @@ def test_the_terms_of_each_choice_are_kept() -> None:
     made.join("n1", price_per_hour=2.0)
     made.submit(chain(1))
     (choice,) = made.of(made.commands, c.Assign)
-    assert choice.why["utility"] == choice.why["value"] + choice.why["cost"] + choice.why["queue"]
+    (decision,) = made.state.decisions.values()
+    assert choice.why == terms(decision.factors)
+    assert sum(choice.why.values()) == pytest.approx(score(decision.factors))
+    assert choice.why["price"] < 0 < choice.why["value"]
 
 
 def test_the_cheaper_of_two_equal_nodes_is_chosen() -> None:

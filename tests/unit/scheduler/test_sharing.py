@@ -246,7 +246,7 @@ def test_an_attempt_runs_as_long_as_its_most_patient_waiter_allows() -> None:
 
 def test_a_waiter_of_higher_priority_moves_the_work_forward() -> None:
     made = Desk()
-    made.submit(workflow([operator("slow", type="train.sft", params={"seed": 1})]), "r1", "ta")
+    made.submit(workflow([operator("slow", type="train.sft", params={"seed": 1})]), "r1", "tb")
     made.submit(workflow([operator("other", type="train.sft", params={"seed": 2})]), "r2", "tb")
     made.submit(workflow([operator("urgent", type="train.sft", params={"seed": 2}, priority=5)]), "r3", "tb")
     made.join("n1")

@@ -1,0 +1,232 @@
+"""What a batch is worth, how large it should be, what it costs on a node, and when it is better to wait.
+
+Seconds come from what was learned (:mod:`costs`), dollars from the prices of nodes; a node that names none has the usual price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop
+from math import sqrt
+
+from flowmesh_mesh.catalog import CATALOG
+from flowmesh_scheduler.core.classes import NodeClass
+from flowmesh_scheduler.core.outstanding import executor_of
+from flowmesh_scheduler.core.queues import Queue
+from flowmesh_scheduler.core.state import Node, State, Work
+from flowmesh_scheduler.core.utility import Factors, score
+
+_SECONDS_MIN = 1e-4
+_INPUTS_SAMPLED = 16
+_MEMORY_SHARE = 0.9
+_ELSEWHERE_MARGIN = 0.05
+
+
+@dataclass(slots=True, frozen=True)
+class Base:
+    """The first batch of a queue on a class of nodes, whatever a node holds: how many operators, what they take and bring."""
+
+    rate: float
+    count: int
+    exec_s: float
+    value_usd: float
+    delay_usd_per_s: float
+    fixed_s: float
+    memory_bytes: float
+    stamp: object
+
+    def fits(self, state: State) -> Callable[[Work], bool] | None:
+        """Return what tells whether one more operator fits beside those taken; None where there is enough for all."""
+        left = self.memory_bytes
+        if not left:
+            return None
+
+        def take(work: Work) -> bool:
+            nonlocal left
+            left -= state.costs.memory_bytes(work.cost_kind, work.size)
+            return left >= 0
+
+        return take
+
+
+def usual_usd_per_s(state: State) -> float:
+    """Return the price of a node's second where nothing else is known: that of the class with the most nodes."""
+    reference = state.fleet.reference
+    return usd_per_s(state, reference) if reference is not None else state.settings.price_per_hour / 3600
+
+
+def usd_per_s(state: State, klass: NodeClass) -> float:
+    """Return the price of a second of a node."""
+    return (klass.sample.price_per_hour or state.settings.price_per_hour) / 3600
+
+
+def wish_of(state: State, work: Work, least_tag: float, now_us: int) -> float:
+    """Return by how much work is wanted more than other work: weight, priority, deadline, and its tenant's place in the queue."""
+    settings = state.settings
+    wish = state.shares.weight(work.tenant) * 1.25**work.priority
+    if work.deadline_us:
+        slack_s = max(0.0, (work.deadline_us - now_us) / 1e6)
+        wish *= 1.0 + settings.deadline_weight * work.seconds / (work.seconds + slack_s)
+    ahead = work.tag - least_tag
+    if ahead > 0.0 and "fairness" not in settings.ablate:
+        wish *= max(settings.fair_floor, 2.0 ** (-ahead / settings.fair_scale_s))
+    return wish
+
+
+def base_of(state: State, queue: Queue, klass: NodeClass, slots: int, least_tag: float, now_us: int, stamp: object) -> Base:
+    """Return the first batch of a queue on a class of which ``slots`` places are free."""
+    head, settings = queue.head, state.settings
+    assert head is not None
+    line = state.costs.line(head.cost_kind, klass.device)
+    usual, price = usual_usd_per_s(state), usd_per_s(state, klass)
+    wish = wish_of(state, head, least_tag, now_us)
+    delay = usual * wish * max(1, len(queue.runs))
+    fixed_s = line.fixed_s + line.step_s * queue.steps
+    each_s = line.unit_s * queue.units / max(1, queue.count)
+    memory_bytes = _room(state, klass, head)
+    count = batch_count(state, queue, head, fixed_s, each_s, slots, price, delay)
+    if memory_bytes:
+        each_bytes = state.costs.memory_bytes(head.cost_kind, head.size)
+        count = max(1, min(count, int(memory_bytes / each_bytes) + 1)) if each_bytes > 0 else count
+    exec_s = max(_SECONDS_MIN, fixed_s + each_s * count)
+    worth_s = queue.worth_s / max(1, queue.count) * count
+    value = usual * wish * (settings.value_margin * worth_s + settings.hold_s * count)
+    delay *= count / max(count, queue.count)
+    rate = (value - (delay + price) * exec_s) / exec_s
+    return Base(rate, count, exec_s, value, delay, fixed_s, memory_bytes, stamp)
+
+
+def _room(state: State, klass: NodeClass, head: Work) -> float:
+    """Return the bytes beside the model on a device; 0 where that is not told."""
+    weights = state.model_bytes.get(head.model, 0)
+    if not weights:
+        return 0.0
+    return max(1.0, klass.memory_bytes * _MEMORY_SHARE - weights)
+
+
+def batch_count(
+    state: State, queue: Queue, head: Work, fixed_s: float, each_s: float, slots: int, price: float, delay: float
+) -> int:
+    """Return how many of the ready operators the first batch takes.
+
+    A batch pays ``fixed_s`` once, more batches at a time end sooner. With j of them the nodes cost price * (j * fixed + each * n)
+    and the wait costs delay * (fixed + each * n / j): least at j = sqrt(delay * each * n / (price * fixed)). What a lost node may
+    cost bounds the seconds of a batch.
+    """
+    settings, kind, ready = state.settings, executor_of(head), queue.count
+    if not CATALOG[head.operator.type].batches or "batching" in settings.ablate:
+        return 1
+    limit = settings.batch_limit[kind]
+    if queue.market != "engine":
+        share = -(-ready // max(1, slots))
+        is_quick = fixed_s + each_s * settings.batch_floor[kind] < settings.quick_batch_s
+        return min(limit, max(settings.batch_floor[kind] if is_quick else 1, share))
+    batches = float(max(1, slots))
+    if fixed_s > 0:
+        batches = min(batches, max(1.0, sqrt(delay * each_s * ready / (price * fixed_s))))
+    count = -(-ready // max(1, round(batches)))
+    if each_s > 0:
+        count = min(count, max(1, int((settings.batch_max_s - fixed_s) / each_s)))
+    return max(1, min(limit, count))
+
+
+def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeClass, node: Node, opportunity: float) -> Factors:
+    """Return everything that the utility of this batch on this very node depends on."""
+    settings, costs = state.settings, state.costs
+    ratio = costs.node_ratio(node.name)
+    exec_s = base.exec_s * ratio
+    price = usd_per_s(state, klass)
+    load_s, load_share, fetch_s, egress = 0.0, 1.0, 0.0, 0.0
+    if "locality" not in settings.ablate:
+        if queue.model and queue.model not in node.resident:
+            load_s = costs.load_s(queue.model, klass.device)
+            load_share = base.count / (max(base.count, queue.count) + queue.rate_per_s * settings.residency_s)
+        fetch_s, egress = _missing(state, head, base.count, node)
+    record = klass.sample
+    hazard = record.hazard_per_hour / 3600
+    return Factors(
+        base.value_usd,
+        base.delay_usd_per_s,
+        price,
+        0.0,
+        load_s,
+        load_share,
+        fetch_s,
+        exec_s,
+        egress,
+        max(0.0, record.watts - record.idle_watts),
+        settings.energy_usd_per_kwh / 3.6e6,
+        hazard,
+        (price + base.delay_usd_per_s) * (load_s + exec_s / 2) if hazard else 0.0,
+        opportunity,
+    )
+
+
+def _missing(state: State, head: Work, count: int, node: Node) -> tuple[float, float]:
+    """Return seconds and dollars of bringing the inputs of a batch to a node; the first operator stands for all."""
+    missing, egress = 0, 0.0
+    for refs in head.inputs.values():
+        for ref in refs[:_INPUTS_SAMPLED]:
+            places = state.places.get(ref.cid)
+            if places and node.name not in places:
+                size = max(ref.size, 0) + 1
+                missing += size
+                holder = state.nodes.get(min(places))
+                if holder is not None:
+                    egress += size / 1e9 * holder.record.egress_usd_per_gb
+    if not missing:
+        return 0.0, 0.0
+    return state.costs.fetch_s(node.name, missing * count), egress * count
+
+
+def held_back(
+    state: State,
+    queue: Queue,
+    head: Work,
+    factors: Factors,
+    count: int,
+    klass: NodeClass,
+    base: Callable[[Queue, NodeClass], Base],
+    is_able: Callable[[Queue, NodeClass], bool],
+    now_us: int,
+) -> bool:
+    """Tell whether waiting for a class of which all nodes are busy is better than this idle node, by more than a margin."""
+    if queue.market != "engine" or now_us - head.queued_at_us > state.settings.hold_back_max_s * 1e6:
+        return False
+    own = score(factors._replace(opportunity_usd_per_s=0.0)) / count
+    for other in state.fleet.classes.values():
+        if other is klass or not other.nodes or other.idle[queue.market] or not is_able(queue, other):
+            continue
+        there = base(queue, other)
+        wait_s = free_in_s(state, other, now_us) + queue.worth_s / len(other.nodes)
+        load_s = 0.0
+        if queue.model and not other.warm.get(queue.model):
+            load_s = state.costs.load_s(queue.model, other.device)
+        price = usd_per_s(state, other)
+        usd = there.value_usd - there.delay_usd_per_s * (wait_s + load_s + there.exec_s) - price * (there.exec_s + load_s)
+        if usd / there.count > own + _ELSEWHERE_MARGIN * abs(own):
+            return True
+    return False
+
+
+def free_in_s(state: State, klass: NodeClass, now_us: int) -> float:
+    """Return when the first busy node of a class is predicted to be idle."""
+    ends = klass.ends
+    while ends and (ends[0][1] not in state.assignments or not state.assignments[ends[0][1]].running):
+        heappop(ends)
+    return max(0.0, (ends[0][0] - now_us) / 1e6) if ends else 0.0
+
+
+def lingers(state: State, queue: Queue, head: Work, base: Base, price: float, now_us: int) -> bool:
+    """Tell whether the batch should wait a moment: what arrives would save more than the wait of what is here costs."""
+    settings, kind = state.settings, executor_of(head)
+    linger_s = settings.linger_s.get(kind, 0.0)
+    waited_s = (now_us - head.queued_at_us) / 1e6
+    if not linger_s or waited_s >= linger_s or base.count < queue.count or base.count >= settings.batch_limit[kind]:
+        return False
+    if not CATALOG[head.operator.type].batches:
+        return False
+    since_s = (now_us - queue.last_arrival_us) / 1e6
+    rate = min(queue.rate_per_s, 1.0 / since_s) if since_s > 0 else queue.rate_per_s
+    return rate * price * base.fixed_s > base.delay_usd_per_s

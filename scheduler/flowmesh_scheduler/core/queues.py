@@ -1,0 +1,132 @@
+"""A queue of ready work that may run in one batch: a heap for each tenant, priorities inside it, virtual time between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import TYPE_CHECKING
+
+from flowmesh_scheduler.core.state import PoolKey, Work, WorkState
+
+if TYPE_CHECKING:
+    from flowmesh_scheduler.core.pricing import Base
+
+Entry = tuple[int, int, int, Work]
+"""(-priority, order of arrival, ticket, work); void once the work has another ticket or is queued no more."""
+
+_RATE_WEIGHT = 0.2
+_RATE_WINDOW_US = 1_000_000
+
+
+@dataclass(slots=True, eq=False)
+class Queue:
+    """Ready work of one pool key.
+
+    ``count``, ``units`` and ``runs`` (ready operators by run) also count entries that have become void and were not met yet.
+    ``version`` grows with every change. ``bases`` caches, by node class, what the first batch would be worth there.
+    """
+
+    key: PoolKey
+    number: int
+    market: str
+    model: str
+    heaps: dict[str, list[Entry]] = field(default_factory=dict)
+    count: int = 0
+    units: float = 0.0
+    steps: float = 0.0
+    worth_s: float = 0.0
+    runs: dict[tuple[str, str], int] = field(default_factory=dict)
+    version: int = 0
+    rate_per_s: float = 0.0
+    last_arrival_us: int = 0
+    able: dict[int, bool] = field(default_factory=dict)
+    bases: dict[int, Base] = field(default_factory=dict)
+    head: Work | None = None
+
+    def add(self, work: Work, now_us: int) -> None:
+        """Take in work; its tenant is that of its first waiter."""
+        run = next(iter(work.waiters)).run
+        heap = self.heaps.get(run.tenant)
+        if heap is None:
+            heap = self.heaps[run.tenant] = []
+        heappush(heap, (-work.priority, work.order, work.ticket, work))
+        self.count += 1
+        self.units += work.units
+        self.worth_s += work.seconds
+        self.steps = max(self.steps, work.steps)
+        pair = run.id_pair
+        self.runs[pair] = self.runs.get(pair, 0) + 1
+        self.version += 1
+        self.head = None
+        if now_us != self.last_arrival_us:
+            self._note_arrival(now_us)
+
+    def _note_arrival(self, now_us: int) -> None:
+        """Smooth how often something arrives; what arrives at one moment counts once, because it can go in one batch anyway."""
+        if self.last_arrival_us:
+            gap_us = min(now_us - self.last_arrival_us, 60 * _RATE_WINDOW_US)
+            self.rate_per_s += _RATE_WEIGHT * (1e6 / max(gap_us, 1_000) - self.rate_per_s)
+        self.last_arrival_us = now_us
+
+    def first(self, known: dict[bytes, Work], may_start: Callable[[str], bool] | None = None) -> Work | None:
+        """Return the work that is due first, over all tenants that may start something; None when there is none."""
+        head = self.head
+        if head is not None and head.state is WorkState.QUEUED and may_start is None and known.get(head.key) is head:
+            return head
+        best: Work | None = None
+        for tenant in list(self.heaps):
+            if may_start is not None and not may_start(tenant):
+                continue
+            work = self._first_of(tenant, known)
+            if work is not None and (best is None or (work.tag, work.order) < (best.tag, best.order)):
+                best = work
+        self.head = best
+        return best
+
+    def _first_of(self, tenant: str, known: dict[bytes, Work]) -> Work | None:
+        heap = self.heaps[tenant]
+        while heap:
+            _, _, ticket, work = heap[0]
+            if work.ticket == ticket and work.state is WorkState.QUEUED and known.get(work.key) is work:
+                return work
+            heappop(heap)
+            self._drop(work, tenant)
+        del self.heaps[tenant]
+        return None
+
+    def _drop(self, work: Work, tenant: str) -> None:
+        self.count -= 1
+        self.units -= work.units
+        self.worth_s -= work.seconds
+        for vertex in work.waiters:
+            pair = vertex.run.id_pair
+            if pair[0] == tenant and pair in self.runs:
+                if self.runs[pair] <= 1:
+                    del self.runs[pair]
+                else:
+                    self.runs[pair] -= 1
+                break
+
+    def take(self, count: int, known: dict[bytes, Work], fits: Callable[[Work], bool] | None = None) -> list[Work]:
+        """Take up to ``count`` works in the order of tag over tenants; stop at the first that does not fit beside the others."""
+        taken: list[Work] = []
+        heads = [(work.tag, work.order, tenant) for tenant in list(self.heaps) if (work := self._first_of(tenant, known))]
+        heapify(heads)
+        while heads and len(taken) < count:
+            tenant = heads[0][2]
+            work = self.heaps[tenant][0][3]
+            if fits is not None and taken and not fits(work):
+                break
+            heappop(self.heaps[tenant])
+            self._drop(work, tenant)
+            work.ticket = 0
+            taken.append(work)
+            following = self._first_of(tenant, known)
+            if following is None:
+                heappop(heads)
+            else:
+                heapreplace(heads, (following.tag, following.order, tenant))
+        self.version += 1
+        self.head = None
+        return taken
