@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
+
 from flowmesh_cas.cid import DAG_CBOR, RAW, cid_from_digest, cid_text
 from flowmesh_cas.errors import NotFoundError
 from flowmesh_mesh import subjects
@@ -92,7 +94,6 @@ async def _row(leader: Leader, vertex: Vertex) -> dict[str, Any]:
     digests = {role: pinned.get(reference, reference) for role, reference in vertex.operator.models.items()}
     identity = identity_record(vertex.operator, inputs_of(vertex), digests, salt_of(leader.state, vertex))
     leader.hub.put_soon([(vertex.record, message.data), (cid_from_digest(DAG_CBOR, vertex.key), identity)])
-    metered = record.metered
     return {
         "record": cid_text(vertex.record),
         "key": vertex.key.hex(),
@@ -117,6 +118,6 @@ async def _row(leader: Leader, vertex: Vertex) -> dict[str, Any]:
             "index": record.receipt.index,
             "count": record.receipt.count,
         },
-        "metered": {"exec_us": metered.exec_us, "load_us": metered.load_us, "fetch_us": metered.fetch_us, "rows": metered.rows},
+        "metered": asdict(record.metered),
         "committed_at_us": record.committed_at_us,
     }
