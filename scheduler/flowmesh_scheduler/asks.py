@@ -337,7 +337,7 @@ async def bring(leader: Leader, root: bytes) -> None:
                 hint="Submit the workflow again: what is needed is computed anew.",
             )
         await fetch_many(leader.bus, leader.hub.store, located, deadline_s=60.0)
-    leader.state.places.setdefault(root, set()).add(subjects.HUB)
+    leader.hub_holds([root])
 
 
 def may_read(leader: Leader, tenant: str, root: bytes) -> bool:

@@ -32,6 +32,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     watcher: str = ""
     """Credentials that may only listen to the broker's connection events; empty: heartbeats alone tell of lost nodes."""
 
+    record: str = ""
+    """Folder of event logs, one for each epoch of this scheduler (`flowmesh replay`); empty: none are written."""
+
+    record_max_bytes: int = 1 << 30
+    """Most bytes of that folder. A log ends at half of it; the oldest go when another begins."""
+
+    operators: list[str] = []
+    """Names of tenants who may do what concerns every tenant: cordon nodes, lift quarantines."""
+
+    tenants_may_cordon: bool = False
+    """Every tenant may do that: right where they are one person, as on a mesh that `flowmesh up` starts."""
+
     settings: Settings = msgspec.field(default_factory=Settings)
 
 

@@ -86,7 +86,8 @@ class SchedulerProcess:
         if not acquired:
             await asyncio.sleep(STANDBY_PAUSE_S * random.uniform(0.5, 1.0))
             return
-        self.leader = Leader(bus, self.config, self.name, lease, store, self._secret())
+        record = self.folder / self.config.record if self.config.record else None
+        self.leader = Leader(bus, self.config, self.name, lease, store, self._secret(), record)
         stopped = asyncio.create_task(self._stop_leader(self.leader))
         try:
             reason = await self.leader.run()

@@ -75,7 +75,8 @@ class Closed(msgspec.Struct, frozen=True, array_like=True, tag="closed"):
     why: str
 
 
-_frames = msgspec.msgpack.Decoder(Header | Step | Closed)
+_Frame = Header | Step | Closed
+_frames: msgspec.msgpack.Decoder[_Frame] = msgspec.msgpack.Decoder(_Frame)
 
 
 def encode_event(event: e.Event) -> tuple[str, bytes]:
@@ -168,6 +169,8 @@ class Recording:
         """Write what was noted, again and again, until the recording has ended."""
         while self._is_noting:
             await asyncio.sleep(FLUSH_S)
+            if not self._is_noting:
+                return
             if self._file is None:
                 self._stop("")
             elif self._pending:
@@ -221,7 +224,7 @@ def header_of(state: State, begun_at_us: int) -> Header:
     """Return what a state knows before the first event of its epoch."""
     settings = msgspec.to_builtins(state.settings)
     places = {root: sorted(names) for root, names in state.places.items()}
-    return Header(__version__, state.epoch, begun_at_us, settings, places)
+    return Header(__version__, state.epoch, begun_at_us, settings, places, state.costs.dump())
 
 
 def _create(path: Path, *, keep_bytes: int) -> BinaryIO:
@@ -289,7 +292,7 @@ class EventLog:
                     return
                 yield frame
 
-    def _frame(self) -> Header | Step | Closed | None:
+    def _frame(self) -> _Frame | None:
         """Return the next frame, None at the end or where the file breaks off."""
         length = int.from_bytes(self._file.read(_LENGTH_BYTES), "big")
         data = self._file.read(length)

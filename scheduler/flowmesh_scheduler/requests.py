@@ -21,6 +21,7 @@ from flowmesh_scheduler import asks, intake
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.intake import Submission
 from flowmesh_scheduler.reports import read
+from flowmesh_scheduler.tenants import check_quota
 
 if TYPE_CHECKING:
     from flowmesh_scheduler.service import Leader
@@ -159,17 +160,17 @@ class Requests:
     def _submit(self, submission: Submission, models: dict[str, str], inline: list[bytes]) -> None:
         assert submission.manifest is not None
         pair = (submission.tenant, submission.run)
+        check_quota(self._leader.state, submission.tenant, len(submission.manifest.operators))
         if submission.blocks:
             self._leader.hub.put_soon(submission.blocks)
         if inline:
             self._leader.inline[pair] = inline
+        given: list[bytes] = []
         for operator in submission.manifest.operators:
-            for sources in operator.inputs.values():
-                for source in sources:
-                    if source.ref is not None:
-                        self._leader.state.places.setdefault(source.ref.cid, set()).add(subjects.HUB)
+            given += (s.ref.cid for sources in operator.inputs.values() for s in sources if s.ref is not None)
             if operator.code is not None:
-                self._leader.state.places.setdefault(operator.code.cid, set()).add(subjects.HUB)
+                given.append(operator.code.cid)
+        self._leader.hub_holds(given)
         share = self._leader.config.share
         known = self._leader.resolver.sizes
         sizes = {digest: known[digest] for digest in models.values() if digest in known}

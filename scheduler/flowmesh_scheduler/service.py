@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from pathlib import Path
 from typing import Any
 
 from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
@@ -26,6 +27,7 @@ from flowmesh_scheduler.hub import Hub
 from flowmesh_scheduler.intake import Resolver
 from flowmesh_scheduler.lease import RENEW_S, SchedulerLease
 from flowmesh_scheduler.reports import Reports
+from flowmesh_scheduler.recording import Recording
 from flowmesh_scheduler.requests import Requests
 from flowmesh_scheduler.takeover import read_state
 
@@ -43,7 +45,16 @@ def now_us() -> int:
 class Leader:
     """One epoch of leadership, from take-over until the lease or the fence is lost."""
 
-    def __init__(self, bus: Bus, config: Config, name: str, lease: SchedulerLease, store: BlockStore, secret: bytes) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        config: Config,
+        name: str,
+        lease: SchedulerLease,
+        store: BlockStore,
+        secret: bytes,
+        record: Path | None = None,
+    ) -> None:
         self.bus = bus
         self.config = config
         self.name = name
@@ -71,6 +82,8 @@ class Leader:
         self._early: list[e.Event] = []
 
     # --- life
+        self._record = record
+        self.recording: Recording | None = None
 
     async def run(self) -> str:
         """Lead until it is lost; return why."""
@@ -95,6 +108,8 @@ class Leader:
         self.is_ready = True
         for record in found.nodes:
             await self.reports.join(record)
+        await self.costs.read()
+        self._begin_recording()
         self.apply(found.recovered)
         if self.lost.done():
             return
@@ -110,6 +125,25 @@ class Leader:
 
     async def _listen_to_tenants(self) -> None:
         from flowmesh_mesh.transfer import serve_blocks
+
+    def _begin_recording(self) -> None:
+        """Begin the event log of this epoch, if one is wanted; without it the leader leads all the same."""
+        if self._record is None:
+            return
+        try:
+            self.recording = Recording(self._record, self.state, self.since_us, max_bytes=self.config.record_max_bytes)
+        except OSError as error:
+            log.error("no event log: %s", error)
+            return
+        self.spawn(self.recording.run())
+
+    def hub_holds(self, roots: Iterable[bytes]) -> None:
+        """Let the core know that the hub holds contents which no event tells of."""
+        found = list(roots)
+        for root in found:
+            self.state.places.setdefault(root, set()).add(subjects.HUB)
+        if self.recording is not None:
+            self.recording.note_held(found)
 
         self._listening.append(await self.bus.subscribe(subjects.LEADER_ALIVE, lambda d: d.post_respond(self.name.encode())))
         self._listening.append(await serve_blocks(self.bus, self.hub.store, subjects.HUB, now_us=now_us))
@@ -131,6 +165,8 @@ class Leader:
     def stop(self, why: str) -> None:
         """End this leadership."""
         if not self.lost.done():
+        if self.recording is not None:
+            await self.recording.close(self.lost.result() if self.lost.done() else "the take-over was interrupted")
             self.lost.set_result(why)
 
     def _fenced(self, error: Exception) -> None:
@@ -196,9 +232,14 @@ class Leader:
             self._early.append(event)
             return
         try:
-            commands = step(self.state, event, now_us())
+            try:
+                commands = step(self.state, event, at_us)
+            finally:
+                if self.recording is not None:
+                    self.recording.note(at_us, event, commands)
             is_urgent = True
             for command in commands:
+        at_us, commands = now_us(), list[c.Command]()
                 if is_urgent and not isinstance(command, c.CommitResults | c.Assign):
                     is_urgent = False
                     self._send()
