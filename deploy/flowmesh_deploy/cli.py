@@ -29,6 +29,10 @@ def up(
     tenants: Annotated[str, typer.Option("--tenants", metavar="A,B", help="Tenants to make credentials for.")] = "",
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of a new mesh.")] = "",
     is_foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the mesh on Ctrl-C.")] = False,
+    is_recorded: Annotated[
+        bool | None,
+        typer.Option("--record/--no-record", help="Keep logs of events for `flowmesh replay`; off, or as last time."),
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds to wait until it is ready.")] = 60.0,
     as_json: _AsJson = False,
 ) -> None:
@@ -43,12 +47,12 @@ def up(
     try:
         with preparing(layout):
             was_up = is_up(layout)
-            keyring, fresh = prepare(layout, nodes=nodes, tenants=wanted, name=name, is_up=was_up)
+            keyring, fresh = prepare(layout, nodes=nodes, tenants=wanted, name=name, is_up=was_up, is_recorded=is_recorded)
             if not was_up:
                 with _interrupts_held():
                     supervisor = launch(layout, is_attached=is_foreground)
                 _await_lock(layout, supervisor)
-        is_changed = nodes is not None or bool(fresh)
+        is_changed = nodes is not None or bool(fresh) or is_recorded is not None
         status = _bring_up(layout, keyring, fresh, supervisor, is_changed=is_changed, timeout_s=timeout_s)
         _tell(layout, status, was_up=was_up, as_json=as_json)
         if is_foreground and supervisor is not None:
@@ -131,6 +135,8 @@ def _tell(layout: Layout, status: dict[str, Any], *, was_up: bool, as_json: bool
     already = "already " if was_up else ""
     print(f"mesh {context['mesh']} is {already}up at {context['urls'][0]}, with {', '.join(names) or 'no nodes'}")
     print(f"tenants {', '.join(context['tenants'])}; logs in {layout.logs}")
+    if read_json(layout.scheduler).get("record"):
+        print(f"event logs in {layout.events}, for `flowmesh replay`")
     print("next:")
     is_found = _is_found(layout)
     if not is_found:

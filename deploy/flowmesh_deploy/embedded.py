@@ -81,6 +81,7 @@ async def embedded_mesh(
     *,
     nodes: int = 1,
     tenants: Sequence[str] = DEFAULT_TENANTS,
+    is_recorded: bool | None = None,
     timeout_s: float = 60.0,
 ) -> AsyncIterator[EmbeddedMesh]:
     """Run broker, scheduler and ``nodes`` nodes on ``folder`` for the length of the block; what they stored stays there.
@@ -91,7 +92,7 @@ async def embedded_mesh(
     with preparing(layout):
         if is_up(layout):
             raise UsageError(f"a mesh is up in {layout.folder}", hint="Stop it with `flowmesh down`, or use another folder.")
-        prepare(layout, nodes=nodes, tenants=list(tenants))
+        prepare(layout, nodes=nodes, tenants=list(tenants), is_recorded=is_recorded)
         supervisor = launch(layout, is_attached=True)
     try:
         await wait_ready(layout, expect=list(read_json(layout.desired)["nodes"]), supervisor=supervisor, timeout_s=timeout_s)

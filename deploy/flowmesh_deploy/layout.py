@@ -33,6 +33,7 @@ class Layout:
         self.nodes = self.folder / "nodes"
         self.store = self.folder / "store"
         self.logs = self.folder / "logs"
+        self.events = self.folder / "events"
 
     def join_file(self, node: str) -> Path:
         return self.nodes / f"{node}.join"
@@ -76,11 +77,18 @@ def node_names(count: int) -> list[str]:
 
 
 def prepare(
-    layout: Layout, *, nodes: int | None, tenants: list[str], name: str = "", is_up: bool = False
+    layout: Layout,
+    *,
+    nodes: int | None,
+    tenants: list[str],
+    name: str = "",
+    is_up: bool = False,
+    is_recorded: bool | None = None,
 ) -> tuple[Keyring, list[str]]:
     """Make or extend the folder: keys, credentials, join files, context; return the keys and the names of new tenants.
 
-    ``nodes`` None keeps the nodes of last time (one at first); a mesh that ``is_up`` only gains nodes. What exists is kept:
+    ``nodes`` None keeps the nodes of last time (one at first); a mesh that ``is_up`` only gains nodes. ``is_recorded`` tells
+    whether the scheduler keeps event logs; None leaves that as it is. What exists is kept:
     state survives. Names are checked before anything is written.
     """
     from flowmesh_deploy.keyring import Keyring, check_tenant_name
@@ -100,6 +108,8 @@ def prepare(
     before = list(desired.get("nodes", [])) if is_up or nodes is None else []
     wanted = list(dict.fromkeys([*before, *node_names(nodes if nodes is not None else 0 if desired else 1)]))
     _write_credentials(layout, keyring, wanted)
+    if is_recorded is not None:
+        _write_changed(layout.scheduler, {"record": layout.events.name if is_recorded else ""})
     layout.security.write_text(keyring.broker_config(layout.broker / "accounts"))
     write_json(layout.desired, {"version": 1, "mesh": mesh, "nodes": wanted})
     return keyring, fresh

@@ -1,39 +1,19 @@
-"""A recorded event log through the production core: the same assignments again, and how a changed setting would choose.
-
-Replay: the same settings and the same events give the same assignments, hash for hash.
-
-Decision replay: what nodes reported afterwards belongs to the assignments that were made, so events cannot be applied to a core
-that chose otherwise. Each round of placement is therefore made twice from the same state: by the recorded settings, which go on,
-and by the changed ones in a forked process, whose choices are compared and forgotten. Differences do not add up over rounds.
-"""
+"""A recorded event log through the production core: the same settings and events give the same assignments, hash for hash."""
 
 from __future__ import annotations
 
-import gc
-import os
-import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from flowmesh_cas.errors import InternalError, UsageError
 from flowmesh_mesh.messages import Assignment
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core import events as e
-from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.placement import place
-from flowmesh_scheduler.core.settings import Settings
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.core.step import Placer, step
-from flowmesh_scheduler.core.utility import Factors, terms
 from flowmesh_scheduler.recording import EventLog, assigned_by, chain, decode_event
 from flowmesh_scheduler.recording import Step as Recorded
-
-_SPENT = ("price", "load", "fetch", "energy", "egress")
-"""Terms of the utility that are money paid; the others are worth, wait and risk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +37,8 @@ class Divergence:
 class Replayed:
     """What a replay came to. ``recorded`` is the digest that the leader had when it made its last recorded assignment."""
 
+    epoch: int = 0
+    version: str = ""
     steps: int = 0
     operators: int = 0
     made: list[Made] = field(default_factory=list)
@@ -69,12 +51,39 @@ class Replayed:
     def is_same(self) -> bool:
         return self.divergence is None and self.digest == self.recorded
 
+    def plain(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return {
+            "epoch": self.epoch,
+            "version": self.version,
+            "steps": self.steps,
+            "operators": self.operators,
+            "digest": self.digest.hex(),
+            "recorded_digest": self.recorded.hex(),
+            "is_same": self.is_same,
+            "divergence": None if self.divergence is None else asdict(self.divergence),
+            "ended": self.ended,
+            "assignments": [_plain_assignment(made) for made in self.made],
+        }
+
+
+def _plain_assignment(made: Made) -> dict[str, Any]:
+    assignment = made.assignment
+    return {
+        "at_us": made.at_us,
+        "id": assignment.id,
+        "node": assignment.node,
+        "type": assignment.type,
+        "first": assignment.items[0].name if assignment.items else "",
+        "keys": [item.key.hex() for item in assignment.items],
+    }
+
 
 def replay(path: Path, placer: Placer = place) -> Replayed:
     """Run a log through the core; stop at the first step that chooses otherwise than recorded."""
     found = EventLog(path)
     state, names = begin(found)
-    told = Replayed()
+    told = Replayed(found.header.epoch, found.header.version)
     for recorded in found.steps():
         event = decode_event(recorded.kind, recorded.event)
         commands = apply(state, names, recorded, event, placer)
@@ -117,200 +126,3 @@ def apply(state: State, names: Names, recorded: Recorded, event: e.Event, placer
         state.places.setdefault(root, set()).add(HUB)
     names.recorded = list(recorded.private)
     return step(state, event, recorded.at_us, placer)
-
-
-# --- changed settings
-
-
-def changed(settings: Settings, weights: Iterable[str]) -> Settings:
-    """Return settings with ``name=value`` put in; a dot leads into a table: ``batch_limit.engine=8``."""
-    plain = msgspec.to_builtins(settings)
-    for entry in weights:
-        name, mark, text = entry.partition("=")
-        place_of, known = _find(plain, name)
-        if not mark:
-            raise UsageError(f"--weight {entry!r} is not NAME=VALUE", hint="Write it like `--weight price_per_hour=0.8`.")
-        try:
-            value = type(known)(text) if not isinstance(known, bool) else text.lower() in ("true", "1", "yes")
-        except ValueError as error:
-            raise UsageError(f"--weight {name}: {text!r} is not a number") from error
-        place_of[name.rpartition(".")[2]] = value
-    try:
-        return msgspec.convert(plain, Settings)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"--weight: {error}") from error
-
-
-def _find(plain: dict[str, Any], name: str) -> tuple[dict[str, Any], int | float]:
-    """Return the table that holds a number, and the number; raise UsageError that lists the numbers there are."""
-    table: Any = plain
-    *path, last = name.split(".")
-    for part in path:
-        table = table.get(part) if isinstance(table, dict) else None
-    known = table.get(last) if isinstance(table, dict) else None
-    if not isinstance(known, int | float):
-        raise UsageError(f"there is no setting {name!r} with a number", hint=f"Known: {', '.join(_numbers(plain))}.")
-    return table, known
-
-
-def _numbers(plain: Mapping[str, Any], before: str = "") -> list[str]:
-    found: list[str] = []
-    for name, value in plain.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{before}{name}.")
-        elif isinstance(value, int | float):
-            found.append(before + name)
-    return found
-
-
-class Choice(msgspec.Struct, frozen=True, array_like=True):
-    """One assignment of a round: which operators go to which node, and what that is predicted to take."""
-
-    node: str
-    keys: tuple[bytes, ...]
-    seconds: float
-    usd: float
-
-
-@dataclass(slots=True)
-class Side:
-    """What one side of a comparison chose, over all rounds compared."""
-
-    assignments: int = 0
-    operators: int = 0
-    node_s: float = 0.0
-    usd: float = 0.0
-
-    def note(self, choices: Iterable[Choice]) -> None:
-        for choice in choices:
-            self.assignments += 1
-            self.operators += len(choice.keys)
-            self.node_s += choice.seconds
-            self.usd += choice.usd
-
-
-@dataclass(slots=True)
-class Comparison:
-    """A placer that lets changed settings choose beside the recorded ones, and counts where they differ.
-
-    Per operator, in rounds in which either side placed it: on the same node by both, on another, by one side only. ``companies``
-    counts operators that both gave to the same node in another batch.
-    """
-
-    settings: Settings
-    rounds: int = 0
-    rounds_changed: int = 0
-    same: int = 0
-    elsewhere: int = 0
-    only_recorded: int = 0
-    only_changed: int = 0
-    companies: int = 0
-    before: Side = field(default_factory=Side)
-    after: Side = field(default_factory=Side)
-    examples: list[dict[str, Any]] = field(default_factory=list)
-
-    def __call__(self, state: State, now_us: int, out: Outbox) -> None:
-        if state.is_cut_off or not state.pool:
-            place(state, now_us, out)
-            return
-        other = _in_fork(lambda: _choose_by(state, self.settings, now_us, out))
-        own = _choose(state, now_us, out)
-        if own or other:
-            self._compare(own, other, now_us)
-
-    def _compare(self, own: list[Choice], other: list[Choice], now_us: int) -> None:
-        self.rounds += 1
-        self.before.note(own)
-        self.after.note(other)
-        ours = {key: choice for choice in own for key in choice.keys}
-        theirs = {key: choice for choice in other for key in choice.keys}
-        differing = self.elsewhere + self.only_recorded + self.only_changed + self.companies
-        for key in dict.fromkeys([*ours, *theirs]):
-            mine, yours = ours.get(key), theirs.get(key)
-            if yours is None:
-                self.only_recorded += 1
-            elif mine is None:
-                self.only_changed += 1
-            elif mine.node != yours.node:
-                self.elsewhere += 1
-            elif mine.keys != yours.keys:
-                self.companies += 1
-            else:
-                self.same += 1
-        if self.elsewhere + self.only_recorded + self.only_changed + self.companies > differing:
-            self.rounds_changed += 1
-            if len(self.examples) < EXAMPLES_MAX:
-                self.examples.append({"at_us": now_us, "recorded": _plain(own), "changed": _plain(other)})
-
-
-EXAMPLES_MAX = 20
-
-
-def _plain(choices: Iterable[Choice]) -> list[dict[str, Any]]:
-    return [{"node": c.node, "operators": len(c.keys), "seconds": c.seconds, "usd": c.usd} for c in choices]
-
-
-def _choose(state: State, now_us: int, out: Outbox) -> list[Choice]:
-    """Let a round of placement happen; return what it chose."""
-    before = len(out.assigns)
-    place(state, now_us, out)
-    return [_choice(state, command.assignment) for command in out.assigns[before:]]
-
-
-def _choose_by(state: State, settings: Settings, now_us: int, out: Outbox) -> list[Choice]:
-    """Let a round of placement happen under other settings: what was derived from the former ones is derived anew."""
-    state.settings = settings
-    for queue in state.pool.values():
-        queue.bases.clear()
-        queue.able.clear()
-        state.unsettled.add(queue.market)
-    state.fleet.stale.update(dict.fromkeys(state.nodes.values()))
-    return _choose(state, now_us, out)
-
-
-def _choice(state: State, assignment: Assignment) -> Choice:
-    keys = tuple(item.key for item in assignment.items)
-    decision = state.decisions.get(assignment.id)
-    if decision is None:
-        return Choice(assignment.node, keys, state.assignments[assignment.id].predicted_s, 0.0)
-    factors = decision.factors
-    return Choice(assignment.node, keys, factors.wait_s + factors.seconds, spent(factors))
-
-
-def spent(factors: Factors) -> float:
-    """Return the dollars that a choice is predicted to pay."""
-    found = terms(factors)
-    return -sum(found[name] for name in _SPENT)
-
-
-_choices = msgspec.msgpack.Decoder(list[Choice])
-
-
-def _in_fork(work: Callable[[], list[Choice]]) -> list[Choice]:
-    """Do ``work`` in a copy of this process, the one copy of a state that is certainly whole; return what it returned."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        _work_and_leave(work, writer)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answer:
-        data = answer.read()
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise InternalError(f"the changed settings cannot choose: {data.decode('utf-8', 'replace').strip() or status}")
-    return _choices.decode(data)
-
-
-def _work_and_leave(work: Callable[[], list[Choice]], writer: int) -> None:
-    """Run in the child; nothing of the parent's (buffers, exit handlers) is touched."""
-    gc.disable()
-    code = 0
-    try:
-        data = msgspec.msgpack.encode(work())
-    except BaseException:
-        data, code = traceback.format_exc().encode(), 1
-    try:
-        while data:
-            data = data[os.write(writer, data) :]
-    finally:
-        os._exit(code)

@@ -23,13 +23,14 @@ from flowmesh_cas.errors import IntegrityError, UsageError
 from flowmesh_mesh.identity import private_salt
 from flowmesh_mesh.manifest import Manifest
 from flowmesh_mesh.subjects import HUB
+from flowmesh_scheduler.comparison import Comparison, changed
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.settings import Settings
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.core.step import step
 from flowmesh_scheduler.recording import MAGIC, EventLog, Recording, decode_event, encode_event, logs_in
-from flowmesh_scheduler.replay import Comparison, changed, replay
+from flowmesh_scheduler.replay import replay
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),

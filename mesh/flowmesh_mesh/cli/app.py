@@ -32,6 +32,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scheduler": ("", "Run a scheduler (leader or standby)."),
     "version": (f"{_CLI}.meshes:version", "Show versions."),
 }
+    "cordon": (f"{_CLI}.cordons:cordon", "Give a node no new work."),
+    "uncordon": (f"{_CLI}.cordons:uncordon", "Give a node work again."),
+    "unquarantine": (f"{_CLI}.cordons:unquarantine", "Let an operator be tried again that took nodes with it."),
+    "replay": ("", "Run a recorded event log through the scheduler's core."),
 """Name -> (module:function, one line of help). Empty: the command of another component, found by its entry point."""
 
 
