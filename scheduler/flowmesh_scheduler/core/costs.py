@@ -107,6 +107,11 @@ class Costs:
         if bandwidth_bytes_per_s > 0:
             self._link_priors[node] = bandwidth_bytes_per_s
 
+    def forget_node(self, node: str) -> None:
+        """Forget how a node compares with its class: it is not what it was."""
+        if self._ratios.pop(node, None) is not None:
+            self.version += 1
+
     def figures(self, device: str) -> Figures:
         """Return what a class of device can do."""
         return self._figures.get(device, _UNKNOWN_DEVICE)

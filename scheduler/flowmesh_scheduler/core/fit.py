@@ -1,7 +1,8 @@
 """One line of costs, learned as batches end: seconds = fixed + step * (most steps) + unit * (sum of units).
 
 A linear regression kept as sums, so that a batch costs a few dozen multiplications whatever came before. Errors are relative:
-a batch of a minute may be off by seconds, one of a millisecond may not. One that is far off counts less (Huber); old ones fade.
+a batch of a minute may be off by seconds, one of a millisecond may not. One that is far off counts less (Huber); old ones fade,
+at once when several in a row tell of a change.
 The prior gives the shape while batches do not tell the terms apart: its width is that of the data, so any one term may
 turn out to be the whole. No coefficient is below zero: more work never takes less time.
 """
@@ -16,10 +17,18 @@ _FADING = 0.99
 _HUBER = 1.5
 _SPREAD_AT_FIRST = 0.5
 _SPREAD_MIN = 0.02
+_STRENGTH_MIN = 0.003
 _RECENT = 50
 _ERRORS = 200
+_EARLY_SAMPLES = 6
+_EARLY_SPREAD = 0.1
 _WARM_SAMPLES = 20
+_FAR = 2.0
+_FAR_IN_A_ROW = 5
+_KEPT = 0.01
+_PIVOT_MIN = 1e-12
 _SECONDS_MIN = 1e-6
+_SIZE_MIN_S = 1e-4
 _ERROR_FLOOR_S = 1e-3
 
 Coefficients = tuple[float, float, float]
@@ -45,7 +54,10 @@ class Fit:
     right in its size too: it is not scaled to the first batches.
     """
 
-    __slots__ = ("_log_scale", "_means", "_sums", "base", "errors", "is_firm", "line", "prior", "recent", "samples", "spread")
+    __slots__ = (
+        "_log_scale", "_means", "_row", "_settling", "_sums", "base", "errors", "is_firm", "line", "prior", "recent", "samples",
+        "spread",
+    )  # fmt: skip
 
     def __init__(self, base: Coefficients, prior: Coefficients, is_firm: bool = False) -> None:
         self.base = base
@@ -58,6 +70,10 @@ class Fit:
         self.errors: deque[float] = deque(maxlen=_ERRORS)
         """Relative errors of the predictions after the first twenty batches."""
         self.line = Line(*prior, 1.0)
+        self._settling = 0
+        """Batches since the line was last a guess."""
+        self._row = 0
+        """Batches in a row that were far above (below, if negative) what was expected."""
         self._log_scale = 0.0
         self._means = (0.0, 0.0, 0.0)
         self._sums: tuple[float, ...] = (0.0,) * 9
@@ -70,19 +86,37 @@ class Fit:
             self.errors.append(relative_error(predicted_s, seconds))
         weight, size_s = 1.0, seconds
         if self.samples:
-            size_s = max(self.line.seconds(max_steps, sum_units), _SECONDS_MIN)
-            weight = self._weight(abs(seconds - size_s) / size_s)
-        self._add(max_steps, sum_units, seconds, weight / (size_s * size_s))
+            expected_s = max(self.line.seconds(max_steps, sum_units), _SECONDS_MIN)
+            weight, size_s = self._weight((seconds - expected_s) / expected_s), expected_s
+            if self._settling < _EARLY_SAMPLES:  # the line is a guess still: what was measured is a better scale
+                weight, size_s = 1.0, max(seconds, expected_s / 10)
+        self._add(max_steps, sum_units, seconds, weight / max(size_s, _SIZE_MIN_S) ** 2)
         self.samples += 1
+        self._settling += 1
         self._note_size(max_steps, sum_units, seconds)
-        self.line = Line(*self._solve(), self.spread + (1.0 - min(self.spread, 1.0)) / (1 + self.samples))
+        self.line = Line(*self._solve(), self.spread + (1.0 - min(self.spread, 1.0)) / (1 + self._settling))
 
     def _weight(self, deviation: float) -> float:
-        """Return how much a batch counts that is so far off, relatively; learn how far off they usually are."""
-        far = deviation / self.spread
-        usual = 1.25 * (min(deviation, 3.0 * self.spread) if self.samples > 1 else min(deviation, 1.0))
-        self.spread = max(_SPREAD_MIN, self.spread + max(0.1, 1 / (self.samples + 2)) * (usual - self.spread))
+        """Return how much a batch counts that is so far off, relatively; learn how far off they usually are.
+
+        Several in a row that are far off on the same side are no accidents.
+        """
+        far = abs(deviation) / self.spread
+        is_above = deviation > 0
+        self._row = 0 if far < _FAR else max(self._row, 0) + 1 if is_above else min(self._row, 0) - 1
+        if abs(self._row) >= _FAR_IN_A_ROW and self._settling >= _EARLY_SAMPLES:
+            self._begin_again()
+            return 1.0
+        usual = 1.25 * min(abs(deviation), 3.0 * self.spread if self._settling > 1 else 1.0)
+        self.spread = max(_SPREAD_MIN, self.spread + max(0.1, 1 / (self._settling + 2)) * (usual - self.spread))
         return 1.0 if far <= _HUBER else _HUBER / far
+
+    def _begin_again(self) -> None:
+        """What was learned is the shape now, its size is learned anew: the machine or the work is not what it was."""
+        self.prior = self.line[:3]
+        self.spread = _SPREAD_AT_FIRST
+        self._log_scale, self._settling, self._row = 0.0, 0, 0
+        self._sums = tuple(value * _KEPT for value in self._sums)
 
     def _add(self, x1: float, x2: float, y: float, w: float) -> None:
         a00, a01, a02, a11, a12, a22, b0, b1, b2 = self._sums
@@ -101,7 +135,7 @@ class Fit:
 
     def _note_size(self, x1: float, x2: float, y: float) -> None:
         """Learn how large batches are, and how far the prior is off as a whole."""
-        gain = max(1 / self.samples, 0.05)
+        gain = max(1 / self._settling, 0.05)
         m1, m2, my = self._means
         self._means = (m1 + gain * (x1 - m1), m2 + gain * (x2 - m2), my + gain * (y - my))
         if not self.is_firm:
@@ -113,7 +147,8 @@ class Fit:
         """Return the coefficients, none below zero: whichever would be is held at zero."""
         m1, m2, my = self._means
         p0, p1, p2 = self._anchor()
-        strength = max(0.003, self.spread * self.spread) / (my * my)
+        spread = self.spread if self._settling > _EARLY_SAMPLES else min(self.spread, _EARLY_SPREAD)
+        strength = max(_STRENGTH_MIN, spread * spread) / (my * my)
         l0, l1, l2 = strength, strength * m1 * m1, strength * m2 * m2
         if not m1:
             l1 = 1.0
@@ -140,7 +175,7 @@ class Fit:
 
         Otherwise batches of always the same size would slowly forget what others had told about the terms.
         """
-        if self.samples > _WARM_SAMPLES:
+        if self._settling > _WARM_SAMPLES:
             return self.line[:3]
         scale = math.exp(self._log_scale)
         return (self.prior[0] * scale, self.prior[1] * scale, self.prior[2] * scale)
@@ -176,16 +211,26 @@ class Fit:
 
     def dump(self) -> list[Any]:
         """Return all of it as plain data."""
-        plain = [self.samples, self.spread, self._log_scale, list(self._means), list(self._sums), list(self.line)]
+        plain = [
+            self.samples,
+            self._settling,
+            self._row,
+            self.spread,
+            self._log_scale,
+            list(self._means),
+            list(self._sums),
+            list(self.line),
+        ]
         recent = [value for pair in self.recent for value in pair]
         return [list(self.base), list(self.prior), self.is_firm, *plain, recent, list(self.errors)]
 
     @classmethod
     def restore(cls, plain: list[Any]) -> Fit:
         """Return what was dumped; raise ValueError or TypeError when it is something else."""
-        base, prior, is_firm, samples, spread, log_scale, means, sums, line, recent, errors = plain
+        base, prior, is_firm, samples, settling, row, spread, log_scale, means, sums, line, recent, errors = plain
         fit = cls(_three(base), _three(prior), bool(is_firm))
-        fit.samples, fit.spread, fit._log_scale = int(samples), float(spread), float(log_scale)
+        fit.samples, fit._settling, fit._row = int(samples), int(settling), int(row)
+        fit.spread, fit._log_scale = _finite((spread, log_scale), 2)
         fit._means = _three(means)
         fit._sums = _finite(sums, 9)
         fit.line = Line(*_finite(line, 4))
@@ -216,10 +261,10 @@ def _solved(
 ) -> Coefficients:
     """Return the solution of a symmetric positive definite system of three, by elimination."""
     l10, l20 = a01 / a00, a02 / a00
-    d1 = a11 - l10 * a01
+    d1 = max(a11 - l10 * a01, a11 * _PIVOT_MIN)
     t = a12 - l20 * a01
     l21 = t / d1
-    d2 = a22 - l20 * a02 - l21 * t
+    d2 = max(a22 - l20 * a02 - l21 * t, a22 * _PIVOT_MIN)
     z1 = b1 - l10 * b0
     z2 = b2 - l20 * b0 - l21 * z1
     w2 = z2 / d2
