@@ -55,6 +55,8 @@ class Shares:
 
     tenants: dict[str, TenantSettings] = field(default_factory=dict)
     accounts: dict[str, Account] = field(default_factory=dict)
+    burst_s: float = 0.0
+    floor: float = 0.0
     now_us: int = 0
     virtual: float = 0.0
     slots: int = 0
@@ -115,12 +117,15 @@ class Shares:
             self._refund(account, -seconds)
 
     def _charge(self, account: Account, seconds: float) -> None:
-        account.finish = max(account.finish, self.virtual) + seconds / account.limits.weight
-        self.owed_s += seconds
-        if account.noted < 0.0:
-            self._note(account)
-            self.weights += account.limits.weight
+        weight = account.limits.weight
+        account.finish = max(account.finish, self.floor) + seconds / weight
+        if account.noted >= 0.0:
+            self.owed_s += seconds
+        elif account.finish > self.virtual:
+            self.owed_s += (account.finish - self.virtual) * weight
+            self.weights += weight
             self.held_us += account.waiting_us
+            self._note(account)
 
     def _refund(self, account: Account, seconds: float) -> None:
         weight = account.limits.weight
@@ -164,10 +169,19 @@ class Shares:
         """Let the fluid flow until now with ``capacity`` node-seconds per second; tenants whose demand is met drop out."""
         elapsed_us, self.now_us = now_us - self.now_us, max(now_us, self.now_us)
         if not self._leaving:
+            self._calm_down()
             return
         left_s = max(self.owed_s - max(elapsed_us, 0) * capacity / 1e6, self.held_us / 1e6)
         left_s = min(left_s, (self.waiting_us + self.running_us) / 1e6)
         self._flow(max(0.0, self.owed_s - left_s))
+        self._calm_down()
+
+    def _calm_down(self) -> None:
+        """What a tenant did not use counts as saved only while somebody has to wait."""
+        if not self.waiting_us:
+            self.floor = self.virtual
+        elif self.floor < self.virtual - self.burst_s:
+            self.floor = self.virtual - self.burst_s
 
     def _flow(self, amount_s: float) -> None:
         leaving = self._leaving

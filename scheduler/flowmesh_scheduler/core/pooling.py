@@ -53,7 +53,7 @@ def push(state: State, work: Work) -> None:
     queue = state.pool.get(key)
     if queue is None:
         market = MARKETS[CATALOG[work.operator.type].executor]
-        queue = state.pool[key] = Queue(key, state.take_order(), market, work.model)
+        queue = state.pool[key] = Queue(key, state.take_order(), market, work.model, state.shares)
     work.seconds = _seconds(state, work)
     fairness.enter(state, work, work.seconds)
     queue.add(work, state.now_us)

@@ -68,7 +68,7 @@ def wish_of(state: State, work: Work, least_tag: float, now_us: int) -> float:
     if work.deadline_us:
         slack_s = max(0.0, (work.deadline_us - now_us) / 1e6)
         wish *= 1.0 + settings.deadline_weight * work.seconds / (work.seconds + slack_s)
-    ahead = work.tag - least_tag
+    ahead = state.shares.tag(work.tenant) - least_tag
     if ahead > 0.0 and "fairness" not in settings.ablate:
         wish *= max(settings.fair_floor, 2.0 ** (-ahead / settings.fair_scale_s))
     return wish

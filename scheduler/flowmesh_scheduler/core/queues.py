@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import TYPE_CHECKING
 
+from flowmesh_scheduler.core.fairness import Shares
 from flowmesh_scheduler.core.state import PoolKey, Work, WorkState
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Queue:
     number: int
     market: str
     model: str
+    shares: Shares
     heaps: dict[str, list[Entry]] = field(default_factory=dict)
     count: int = 0
     units: float = 0.0
@@ -45,11 +47,11 @@ class Queue:
     head: Work | None = None
 
     def add(self, work: Work, now_us: int) -> None:
-        """Take in work; its tenant is that of its first waiter."""
-        run = next(iter(work.waiters)).run
-        heap = self.heaps.get(run.tenant)
+        """Take in work, under the tenant whose turn decides when it runs."""
+        run = next((vertex.run for vertex in work.waiters if vertex.run.tenant == work.tenant), next(iter(work.waiters)).run)
+        heap = self.heaps.get(work.tenant)
         if heap is None:
-            heap = self.heaps[run.tenant] = []
+            heap = self.heaps[work.tenant] = []
         heappush(heap, (-work.priority, work.order, work.ticket, work))
         self.count += 1
         self.units += work.units
@@ -70,17 +72,23 @@ class Queue:
         self.last_arrival_us = now_us
 
     def first(self, known: dict[bytes, Work], may_start: Callable[[str], bool] | None = None) -> Work | None:
-        """Return the work that is due first, over all tenants that may start something; None when there is none."""
+        """Return the work that is due first, over all tenants that may start something; None when there is none.
+
+        Virtual time decides between tenants; priority, then arrival, only inside one.
+        """
         head = self.head
         if head is not None and head.state is WorkState.QUEUED and may_start is None and known.get(head.key) is head:
             return head
         best: Work | None = None
+        least = (0.0, 0)
         for tenant in list(self.heaps):
             if may_start is not None and not may_start(tenant):
                 continue
             work = self._first_of(tenant, known)
-            if work is not None and (best is None or (work.tag, work.order) < (best.tag, best.order)):
-                best = work
+            if work is not None:
+                place = (self.shares.tag(tenant), work.order)
+                if best is None or place < least:
+                    best, least = work, place
         self.head = best
         return best
 
@@ -108,13 +116,23 @@ class Queue:
                     self.runs[pair] -= 1
                 break
 
-    def take(self, count: int, known: dict[bytes, Work], fits: Callable[[Work], bool] | None = None) -> list[Work]:
-        """Take up to ``count`` works in the order of tag over tenants; stop at the first that does not fit beside the others."""
+    def take(
+        self,
+        count: int,
+        known: dict[bytes, Work],
+        fits: Callable[[Work], bool] | None = None,
+        may_start: Callable[[str], bool] | None = None,
+    ) -> list[Work]:
+        """Take up to ``count`` works in virtual time over tenants; stop at the first that does not fit beside the others."""
         taken: list[Work] = []
-        heads = [(work.tag, work.order, tenant) for tenant in list(self.heaps) if (work := self._first_of(tenant, known))]
+        heads = [
+            (self.shares.tag(tenant), work.order, tenant)
+            for tenant in list(self.heaps)
+            if (may_start is None or may_start(tenant)) and (work := self._first_of(tenant, known))
+        ]
         heapify(heads)
         while heads and len(taken) < count:
-            tenant = heads[0][2]
+            tag, _, tenant = heads[0]
             work = self.heaps[tenant][0][3]
             if fits is not None and taken and not fits(work):
                 break
@@ -126,7 +144,8 @@ class Queue:
             if following is None:
                 heappop(heads)
             else:
-                heapreplace(heads, (following.tag, following.order, tenant))
+                tag += work.charged_us / (1e6 * self.shares.weight(tenant))
+                heapreplace(heads, (tag, following.order, tenant))
         self.version += 1
         self.head = None
         return taken

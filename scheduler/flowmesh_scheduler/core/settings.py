@@ -86,6 +86,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     deadline_weight: float = 4.0
     """By how much more work is wanted as the slack to its stage's deadline goes to nothing."""
 
+    fair_burst_s: float = 10.0
+    """Virtual seconds that a tenant saves up, at most, while others wait and it takes less than its share: so what comes now and
+    then is not held up by those that always have more. Any other may end so much later than with exact shares."""
+
     fair_scale_s: float = 2.0
     """Work of a tenant that is so much further than the one furthest behind (virtual seconds) is wanted half as much."""
 
@@ -102,17 +106,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Most that second attempts beside stragglers may cost: a share of what the nodes cost in the last hour. 0: none are made."""
 
     straggler_factor: float = 2.0
-    """An assignment is late once it ran this many times as long as predicted, and ``straggler_spreads`` relative deviations more."""
+    """An assignment is late once it ran this many times as long as predicted, and ``straggler_spreads`` deviations more."""
 
     straggler_spreads: float = 3.0
+    """In relative standard deviations of what was measured of its class of work and device."""
 
     straggler_min_s: float = 1.0
-    """Nothing is late before this: less is not worth a second attempt."""
+    """Nothing is late before it ran this much longer than predicted: less is not worth a second attempt."""
 
     sick_ratio: float = 2.0
     """A node this many times slower than its peers may be sick; it is, if ``sick_z`` robust deviations say so too."""
 
     sick_z: float = 4.0
+    """So many robust standard deviations of its peers (from the median absolute deviation of logarithms)."""
 
     sick_samples: int = 6
     """Assignments of one class that must have been measured before a node is called slow."""
