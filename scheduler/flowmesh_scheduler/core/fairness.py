@@ -66,6 +66,7 @@ class Shares:
     waiting_us: int = 0
     running_us: int = 0
     _leaving: list[tuple[float, str]] = field(default_factory=list)
+    _has_slot_quotas: bool | None = None
 
     def account(self, tenant: str) -> Account:
         """Return the account of a tenant; one that is seen for the first time gets one."""
@@ -79,6 +80,13 @@ class Shares:
 
     def limits(self, tenant: str) -> TenantSettings:
         return self.account(tenant).limits
+
+    @property
+    def has_slot_quotas(self) -> bool:
+        """Tell whether any tenant may have only so many assignments running."""
+        if self._has_slot_quotas is None:
+            self._has_slot_quotas = any(limits.max_slots for limits in self.tenants.values())
+        return self._has_slot_quotas
 
     @property
     def used_s(self) -> dict[str, float]:
@@ -207,6 +215,11 @@ class Shares:
         self.weights, self.owed_s, self.held_us = 0.0, 0.0, 0
 
     # --- what is asked
+
+    @property
+    def has_slot_quotas(self) -> bool:
+        """Tell whether any tenant may have only so many assignments at once."""
+        return any(limits.max_slots for limits in self.tenants.values())
 
     def tag(self, tenant: str) -> float:
         """Return the virtual time at which what waits of a tenant begins: who has the smallest is served first."""
