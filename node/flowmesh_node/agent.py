@@ -167,6 +167,11 @@ class Agent:
             self.settings.slots,
             found.site,
             self.state,
+            found.hazard_per_hour,
+            found.watts,
+            found.idle_watts,
+            found.bandwidth_bytes_per_s,
+            found.egress_usd_per_gb,
         )
 
     def missing(self) -> dict[str, list[str]]:

@@ -41,19 +41,22 @@ class Inline:
         return True
 
     async def run(self, held: Held, reply: Reply, indices: list[int]) -> None:
-        """Settle these items, each after its sleep."""
+        """Settle these items, each after its sleep; they sleep side by side and share the time, so that it adds up."""
         items = held.assignment.items
         by_sleep: dict[float, list[int]] = {}
         for index in indices:
             by_sleep.setdefault(float(items[index].params.get("sleep_s", 0.0)), []).append(index)
         loop = asyncio.get_running_loop()
         began_s = loop.time()
+        left, share_s, before_s = len(indices), 0.0, 0.0
         for sleep_s in sorted(by_sleep):
             if sleep_s:
                 await asyncio.sleep(began_s + sleep_s - loop.time())
-            await self._settle_all(held, reply, by_sleep[sleep_s], sleep_s)
+            share_s += (sleep_s - before_s) / left
+            left, before_s = left - len(by_sleep[sleep_s]), sleep_s
+            await self._settle_all(held, reply, by_sleep[sleep_s], round(share_s * 1e6))
 
-    async def _settle_all(self, held: Held, reply: Reply, indices: list[int], sleep_s: float) -> None:
+    async def _settle_all(self, held: Held, reply: Reply, indices: list[int], exec_us: int) -> None:
         largest = max((held.assignment.items[index].params.get("bytes", 0) for index in indices), default=0)
         step = max(1, min(_YIELD_ITEMS, _YIELD_BYTES // max(1, largest)))
         for begin in range(0, len(indices), step):
@@ -61,7 +64,7 @@ class Inline:
             items = [held.assignment.items[index] for index in part]
             kept = await self._keep(items)
             for index, item, each in zip(part, items, kept, strict=True):
-                _settle(reply, index, item, each, int(sleep_s * 1e6))
+                _settle(reply, index, item, each, exec_us)
             await asyncio.sleep(0)
 
     async def _keep(self, items: list[Item]) -> list[Kept]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flowmesh_cas.errors import UsageError
 from flowmesh_mesh.messages import Device
-from flowmesh_node.inventory import _visible, take_inventory, usable_cpus, usable_memory_bytes
+from flowmesh_node.inventory import Drawn, _visible, find_gpus, take_inventory, usable_cpus, usable_memory_bytes
 from flowmesh_node.operators.registry import REGISTRY, available
 
 GIB = 2**30
@@ -111,3 +113,77 @@ def test_every_type_of_the_catalog_has_an_implementation() -> None:
     from flowmesh_mesh.catalog import CATALOG
 
     assert set(REGISTRY) == set(CATALOG)
+
+
+# --- figures of devices
+
+
+class _NVMLError(Exception):
+    pass
+
+
+class _Handle:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class _Driver:
+    """As much of NVML as is asked for: two cards, of which the second tells little."""
+
+    NVMLError = _NVMLError
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlShutdown(self) -> None: ...
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "550.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> _Handle:
+        return _Handle(index)
+
+    def nvmlDeviceGetName(self, handle: _Handle) -> bytes:
+        return b"NVIDIA GeForce RTX 4090"
+
+    def nvmlDeviceGetUUID(self, handle: _Handle) -> str:
+        return f"GPU-{handle.number}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: _Handle) -> SimpleNamespace:
+        return SimpleNamespace(total=24 * GIB)
+
+    def nvmlDeviceGetMemoryBusWidth(self, handle: _Handle) -> int:
+        if handle.number == 1:
+            raise _NVMLError("not supported")
+        return 384
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: _Handle, kind: int) -> int:
+        assert kind == 2, "the clock of the memory"
+        return 10501
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: _Handle) -> int:
+        return 400_000
+
+    def nvmlDeviceGetPowerUsage(self, handle: _Handle) -> int:
+        return 22_000
+
+    def nvmlDeviceGetUtilizationRates(self, handle: _Handle) -> SimpleNamespace:
+        return SimpleNamespace(gpu=50 * handle.number)
+
+
+def test_what_the_driver_tells_of_a_device_is_told_and_what_it_does_not_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _Driver())
+    devices, note, drawn = find_gpus({})
+    assert [device.bandwidth_bytes_per_s / 1e9 for device in devices] == [pytest.approx(1008, rel=0.001), 0]
+    assert "2 GPUs" in note
+    assert drawn == Drawn(800.0, 0.0), "a busy card does not tell what it draws idle"
+    devices, _, drawn = find_gpus({"CUDA_VISIBLE_DEVICES": "0"})
+    assert (len(devices), drawn) == (1, Drawn(400.0, 22.0))
+
+
+def test_what_only_the_owner_knows_is_told_by_the_environment(tmp_path: Path) -> None:
+    environment = {"FLOWMESH_WATTS": "300", "FLOWMESH_HAZARD_PER_HOUR": "0.05", "FLOWMESH_BANDWIDTH_MBIT_PER_S": "800"}
+    found = take_inventory(environment=environment, root=_machine(tmp_path, {}))
+    assert (found.watts, found.hazard_per_hour, found.bandwidth_bytes_per_s, found.egress_usd_per_gb) == (300, 0.05, 100e6, 0)
