@@ -26,7 +26,7 @@ TOLD_VARIABLES = (
     "FLOWMESH_BANDWIDTH_MBIT_PER_S",
     "FLOWMESH_EGRESS_USD_PER_GB",
 )
-"""What only its owner knows: what a machine draws busy and idle, how often an hour it is taken away, its link, what sending costs."""
+"""What only its owner knows: what it draws busy and idle, how often an hour it is taken away, its link, what sending costs."""
 
 _UNLIMITED_BYTES = 1 << 60
 
