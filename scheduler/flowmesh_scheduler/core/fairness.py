@@ -216,11 +216,6 @@ class Shares:
 
     # --- what is asked
 
-    @property
-    def has_slot_quotas(self) -> bool:
-        """Tell whether any tenant may have only so many assignments at once."""
-        return any(limits.max_slots for limits in self.tenants.values())
-
     def tag(self, tenant: str) -> float:
         """Return the virtual time at which what waits of a tenant begins: who has the smallest is served first."""
         account = self.account(tenant)
@@ -261,9 +256,11 @@ def enter(state: State, work: Work, seconds: float) -> None:
     _move(shares, work, "waiting")
 
 
-def begin(state: State, work: Work) -> None:
-    """Note that work was given to a node."""
+def begin(state: State, work: Work, seconds: float = 0.0) -> None:
+    """Note that work was given to a node; ``seconds``: what it is thought to take of its time by now, if that is known."""
     _move(state.shares, work, "running")
+    if seconds > 0.0 and work.charged_us:
+        _recharge(state.shares, work, work.payers, micros(seconds))
 
 
 def leave(state: State, work: Work) -> None:
@@ -319,7 +316,7 @@ def join(state: State, work: Work, vertex: Vertex) -> bool:
     is_sooner = work.standing == "waiting" and tenant != work.tenant and shares.tag(tenant) < shares.tag(work.tenant)
     if is_sooner:
         _wait_under(shares, work, [tenant])
-    _recharge(shares, work, counts)
+    _recharge(shares, work, counts, work.charged_us)
     return is_sooner
 
 
@@ -337,7 +334,7 @@ def part(state: State, work: Work, vertex: Vertex) -> bool:
     is_left = work.tenant not in counts
     if is_left:
         _wait_under(state.shares, work, counts)
-    _recharge(state.shares, work, counts)
+    _recharge(state.shares, work, counts, work.charged_us)
     return is_left and work.standing == "waiting"
 
 
@@ -356,17 +353,17 @@ def _parts(work: Work) -> list[tuple[str, int]]:
     return [(tenant, work.charged_us * count // total) for tenant, count in work.payers.items()]
 
 
-def _recharge(shares: Shares, work: Work, counts: dict[str, int]) -> None:
+def _recharge(shares: Shares, work: Work, payers: dict[str, int] | None, charged_us: int) -> None:
     """Divide what work costs anew."""
     before = dict(_parts(work))
-    work.payers = counts
+    work.payers, work.charged_us = payers, max(1, charged_us)
     after = dict(_parts(work))
     for tenant in {**before, **after}:
         change_us = after.get(tenant, 0) - before.get(tenant, 0)
         shares.correct(tenant, change_us / 1e6)
         shares.count(tenant, work.standing, change_us)
-    if len(counts) == 1:
-        work.tenant, work.payers = next(iter(counts)), None
+    if payers is not None and len(payers) == 1:
+        work.tenant, work.payers = next(iter(payers)), None
 
 
 def _move(shares: Shares, work: Work, standing: str) -> None:
