@@ -29,6 +29,9 @@ log = logging.getLogger("flowmesh.scheduler")
 
 STANDBY_PAUSE_S = 0.1
 
+GC_THRESHOLDS = (100_000, 20, 20)
+"""Runs of many operators are many long-lived objects: look at them seldom."""
+
 
 class SchedulerProcess:
     """One process: at any time a standby or the leader."""
@@ -131,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--verbose", action="store_true", help="log more")
     options = parser.parse_args(arguments)
     level = logging.INFO if options.verbose or os.environ.get("FLOWMESH_DEBUG") else logging.WARNING
-    gc.set_threshold(100_000, 20, 20)  # runs of many operators are many long-lived objects: look at them seldom
+    gc.set_threshold(*GC_THRESHOLDS)
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         uvloop.run(serve(options.dir))

@@ -8,6 +8,7 @@ from heapq import heappush
 from flowmesh_mesh.messages import Assignment, Item, Located
 from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Assign
+from flowmesh_scheduler.core.devices import device_class
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import executor_of, hand_over
 from flowmesh_scheduler.core.state import Node, Outstanding, State, VertexState, Work, WorkState
@@ -22,11 +23,14 @@ def assign(
     why: Mapping[str, float],
     predicted_s: float = 0.0,
 ) -> str:
-    """Give a batch to a node; return the assignment's id. ``predicted_s`` is until its results, load and fetch included."""
+    """Give a batch to a node; return the assignment's id. ``predicted_s`` is until its results, load and fetch included.
+
+    Work that runs already gets a second attempt beside the first.
+    """
     head = works[0]
     state.next_assignment += 1
     identity = f"{state.epoch:x}-{state.next_assignment:x}"
-    items = tuple(_item(state, work, identity, node.name, now_us, out) for work in works)
+    items = tuple(_item(state, work, identity, node.name, predicted_s / len(works), now_us, out) for work in works)
     code = head.operator.code
     assignment = Assignment(
         epoch=state.epoch,
@@ -54,7 +58,7 @@ def assign(
         set(keys),
         now_us,
         kind=head.cost_kind,
-        device=node.klass.device if node.klass is not None else "",
+        device=node.klass.device if node.klass is not None else device_class(node.record),
         max_steps=max(w.steps for w in works),
         sum_units=sum(w.units for w in works),
         predicted_s=predicted_s,
@@ -69,15 +73,22 @@ def assign(
     return identity
 
 
-def _item(state: State, work: Work, assignment: str, node: str, now_us: int, out: Outbox) -> Item:
+def _begin(state: State, work: Work, assignment: str, node: str, seconds: float, now_us: int, out: Outbox) -> None:
     work.state = WorkState.ASSIGNED
     work.assignment = assignment
-    work.attempts += 1
-    work.issue(assignment, work.attempts, node)
-    fairness.begin(state, work)
+    fairness.begin(state, work, seconds)
     for vertex in work.waiters:
         vertex.node, vertex.attempt, vertex.started_at_us = node, work.attempts, now_us
         out.set_state(vertex, VertexState.ASSIGNED)
+
+
+def _item(state: State, work: Work, assignment: str, node: str, seconds: float, now_us: int, out: Outbox) -> Item:
+    work.attempts += 1
+    work.issue(assignment, work.attempts, node)
+    if work.state is WorkState.ASSIGNED:
+        work.copy = assignment
+    else:
+        _begin(state, work, assignment, node, seconds, now_us, out)
     holders = state.holders
     return Item(
         work.key,

@@ -56,6 +56,7 @@ def check(state: State) -> None:
     for name, node in state.nodes.items():
         assert node.name == name
         _check_node(state, node)
+    _check_health(state)
     _check_pool(state)
     _check_places(state)
 
@@ -129,7 +130,8 @@ def _check_work(state: State, work: Work) -> None:
 
     Invariant: somebody waits for it, nobody twice, and all of them by its key.
     Invariant: QUEUED work is in the pool or paused; LOCATING work awaits an answer that is asked for.
-    Invariant: ASSIGNED work is open in exactly the assignment that it names, on a node that is not gone.
+    Invariant: ASSIGNED work is open in exactly the assignments that it names, one or two, on different nodes that are not gone.
+    Invariant: what has effects runs once at a time.
     Invariant: COMMITTING work, and no other, has a pending result, of its generation.
     Invariant: what replaces a lost result has the next generation.
     """
@@ -152,9 +154,17 @@ def _check_work(state: State, work: Work) -> None:
         assert 0 < attempt <= work.attempts, where
         assert node == outstanding.node, where
         assert state.nodes[outstanding.node].state != "gone", f"{where} on a node that is gone"
+        if work.copy:
+            copy = state.assignments.get(work.copy)
+            assert copy is not None, f"{where} names no second assignment"
+            assert copy.open.get(work.key) is work, where
+            assert copy.node != outstanding.node, f"{where} runs twice on one node"
+            assert state.nodes[copy.node].state != "gone", f"{where} on a node that is gone"
+            assert work.operator.determinism != "effect", f"{where} has effects and runs twice"
     elif work.pending is not None:
         assert work.pending.generation == work.generation
     assert (work.pending is not None) == (work.state is WorkState.COMMITTING), where
+    assert not work.copy or work.state is WorkState.ASSIGNED, f"{where} names a second assignment"
     if work.state in (WorkState.LOCATING, WorkState.QUEUED):
         assert not work.assignment, f"{where} names an assignment"
     if not work.is_hit:
@@ -178,7 +188,7 @@ def _check_outstanding(state: State, outstanding: Outstanding) -> None:
     assert outstanding.open, f"assignment {outstanding.id} has nothing open"
     for key, work in outstanding.open.items():
         assert state.works.get(key) is work
-        assert work.assignment == outstanding.id
+        assert outstanding.id in (work.assignment, work.copy)
         assert work.state in (WorkState.ASSIGNED, WorkState.COMMITTING)
     assert outstanding.running <= outstanding.open.keys()
     assert state.nodes[outstanding.node].assignments.get(outstanding.id) is outstanding
@@ -196,6 +206,22 @@ def _check_node(state: State, node: Node) -> None:
     assert {k: n for k, n in node.busy.items() if n} == dict(busy), f"node {node.name} is busy {node.busy}, not {busy}"
     if node.state == "gone":
         assert not busy
+
+
+def _check_health(state: State) -> None:
+    """Assert what holds of trust and of spending.
+
+    Invariant: who is not trusted is listed, and nobody else. The placement has none of them among the nodes that it may choose.
+    Invariant: copies that run are booked, and nothing is booked twice.
+    """
+    assert set(state.ward.patients) == {n.name for n in state.nodes.values() if n.health.state != "ok"}
+    for node in state.nodes.values():
+        if node.health.state != "ok" and node not in state.fleet.stale:
+            assert node.klass is None, f"{node.name} is {node.health.state} and may be chosen"
+        if node.health.canary:
+            assert node.health.state == "canary"
+    for work in state.works.values():
+        assert not work.copy or work.copy in state.copies.running, f"the copy of {work.operator.name} is not paid"
 
 
 def _check_pool(state: State) -> None:

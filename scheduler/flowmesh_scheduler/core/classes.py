@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from flowmesh_mesh.messages import NodeRecord
 
 if TYPE_CHECKING:
+    from flowmesh_scheduler.core.queues import Queue
     from flowmesh_scheduler.core.state import Node
 
 MARKETS = {"inline": "inline", "data": "data", "user": "user", "engine": "engine", "train": "engine"}
@@ -15,6 +18,56 @@ MARKETS = {"inline": "inline", "data": "data", "user": "user", "engine": "engine
 
 ORDER = ("inline", "data", "user", "engine")
 """The markets, the quickest work first."""
+
+
+Rank = tuple[float, int, int, "Queue"]
+"""(-rank, number, version, queue); void once the queue has another version."""
+
+
+@dataclass(slots=True, eq=False)
+class Ranking:
+    """The queues of a market by what a second of a class earns with them.
+
+    ``heaps`` hold the ranks by tenant. ``pending`` are queues that have changed since they were ranked; ``waiting`` a heap of
+    those that are better kept back, by when to look at them again; ``barred`` those that must not go to any idle node.
+    ``kept`` holds the versions of both.
+    """
+
+    heaps: dict[str, list[Rank]] = field(default_factory=dict)
+    pending: dict[Queue, None] = field(default_factory=dict)
+    waiting: list[tuple[int, int, Queue]] = field(default_factory=list)
+    kept: dict[Queue, int] = field(default_factory=dict)
+    barred: dict[Queue, None] = field(default_factory=dict)
+
+    def bar(self, queue: Queue) -> None:
+        """Keep a queue back until another node is idle: it must not go to those that are."""
+        self.barred[queue] = None
+        self.kept[queue] = queue.version
+
+    def unbar(self) -> None:
+        """Another node is idle."""
+        for queue in self.barred:
+            self.kept.pop(queue, None)
+            self.pending[queue] = None
+        self.barred = {}
+
+    def wait(self, queue: Queue, until_us: int) -> None:
+        """Keep a queue back for a while."""
+        heappush(self.waiting, (until_us, queue.number, queue))
+        self.kept[queue] = queue.version
+
+    def look_again(self, changed: Iterable[Queue], now_us: int) -> None:
+        """Note which queues are to be ranked anew."""
+        for queue in changed:
+            self.pending[queue] = None
+        while self.waiting and self.waiting[0][0] <= now_us:
+            queue = heappop(self.waiting)[2]
+            self.kept.pop(queue, None)
+            self.pending[queue] = None
+
+
+def _rankings() -> dict[str, Ranking]:
+    return {market: Ranking() for market in ORDER}
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +86,7 @@ class NodeClass:
     warm: dict[str, dict[str, Node]] = field(default_factory=dict)
     memory_bytes: int = 0
     ends: list[tuple[int, str]] = field(default_factory=list)
+    ranking: dict[str, Ranking] = field(default_factory=_rankings)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,5 +98,19 @@ class Fleet:
     changed: set[str] = field(default_factory=set)
     """Markets in which a node became idle or a class came up since the last placement."""
 
+    queues: dict[str, dict[Queue, None]] = field(default_factory=dict)
+    """Queues that have changed since the classes were told, by market."""
+
+    recheck_us: dict[str, int] = field(default_factory=dict)
+    """When to look again at what is kept back, by market."""
+
     reference: NodeClass | None = None
     """The class with the most nodes: what work is worth is told in its seconds."""
+
+    def note_change(self, queue: Queue) -> None:
+        """Note that a queue is to be ranked anew by every class."""
+        self.queues.setdefault(queue.market, {})[queue] = None
+
+    def take_changed(self, market: str) -> Iterable[Queue]:
+        """Return the queues of a market that have changed since the last call."""
+        return self.queues.pop(market, ())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flowmesh_mesh.manifest import Acceptance, Cancellation, RunEnd
-from flowmesh_mesh.messages import Abort, Assignment, Commit
+from flowmesh_mesh.messages import Abort, Assignment, Commit, NodeHealth
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,13 @@ class RecordCancel:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordHealth:
+    """Write how far a node is trusted, for the next leader."""
+
+    health: NodeHealth
+
+
+@dataclass(frozen=True, slots=True)
 class EndRun:
     """Write the end of a run and tell whoever watches."""
 
@@ -94,4 +101,4 @@ class Change:
     counts: Mapping[str, int]
 
 
-Command = Accept | Assign | CommitResults | Tell | Release | Locate | Keep | RecordCancel | EndRun | Change
+Command = Accept | Assign | CommitResults | Tell | Release | Locate | Keep | RecordCancel | RecordHealth | EndRun | Change

@@ -6,7 +6,8 @@ Nothing here is authority. A leader that inherits nothing begins with the priors
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import islice
 from statistics import median
 from typing import Any, TypeVar
@@ -126,6 +127,20 @@ class Costs:
             line = self._lines[place] = Line(*self._prior(place)[1], 1.0)
             self._guesses.setdefault(kind[0], {})[place] = None
         return line
+
+    def beside(self, model_bytes: Mapping[str, int]) -> Costs:
+        """Return costs that know these models too and share all that was learned: questions must not change what choices rest on."""
+        other = copy(self)
+        other._lines, other._model_bytes = dict(self._lines), dict(self._model_bytes)
+        other._guesses = {name: dict(places) for name, places in self._guesses.items()}
+        for digest, size_bytes in model_bytes.items():
+            other.know_model(digest, size_bytes)
+        return other
+
+    def samples(self, kind: CostClass, device: str) -> int:
+        """Return how many batches a line was learned from; 0 while it is guessed."""
+        fit = self._fits.get((kind, device))
+        return 0 if fit is None else fit.samples
 
     def exec_s(self, kind: CostClass, device: str, node: str, max_steps: float, sum_units: float) -> float:
         """Return the seconds of a batch on one node: the line of its class, and how this node compares with its class."""

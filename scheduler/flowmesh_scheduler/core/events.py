@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
-from flowmesh_mesh.messages import Assignment, Beat, Done, NodeRecord
+from flowmesh_mesh.messages import Assignment, Beat, Done, NodeHealth, NodeRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,24 @@ class NodeDisconnected:
     """The broker saw the node's connection end: suspicion, not death."""
 
     node: str
+
+
+@dataclass(frozen=True, slots=True)
+class CordonRequested:
+    """Somebody who may wants a node to get no work (``is_on``), or to be trusted again."""
+
+    node: str
+    is_on: bool
+    actor: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineLifted:
+    """Somebody who may wants an operator key to be tried again although it took nodes with it."""
+
+    key: bytes
+    actor: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +145,7 @@ class Recovered:
     runs: Sequence[RecoveredRun]
     ended: Sequence[tuple[RunEnd, Acceptance | None]]
     assignments: Sequence[Assignment]
+    health: Sequence[NodeHealth] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +159,8 @@ Event = (
     | NodeJoined
     | BeatReceived
     | NodeDisconnected
+    | CordonRequested
+    | QuarantineLifted
     | DoneReceived
     | Committed
     | Located

@@ -5,6 +5,10 @@ weight. The virtual time V is how far that fluid has come; it grows by R / (sum 
 seconds that becomes ready starts at max(F, V) and moves F to L / weight behind that: who submits more moves only his own finish.
 A tenant's tag is where the work of his that waits begins; the smallest tag is served first, whatever the priorities inside.
 
+Exact shares hold up who asks for little now and then: a few operators of his at once wait for each other as if he had his share
+of the mesh and no more. So a tenant may be ahead of the fluid by ``burst_s`` where little of his waits, and so much of what he
+left to others while there was a queue is kept for him. Nobody else ends later by more than both for each such tenant.
+
 The clock never lets the fluid have more than what has begun, nor less than what has ended: a mesh that is slower or faster than
 it seems stays fair (two-level fair queueing as in UWFQ; the variable rate as in start-time fair queueing, Goyal et al. 1996).
 """
@@ -185,7 +189,7 @@ class Shares:
         self._calm_down()
 
     def _calm_down(self) -> None:
-        """What a tenant did not use counts as saved only while somebody has to wait."""
+        """Keep for tenants what they do not use, up to a limit, and only while somebody has to wait."""
         if not self.waiting_us:
             self.floor = self.virtual
         elif self.floor < self.virtual - self.burst_s:
@@ -216,10 +220,15 @@ class Shares:
 
     # --- what is asked
 
-    def tag(self, tenant: str) -> float:
-        """Return the virtual time at which what waits of a tenant begins: who has the smallest is served first."""
+    def tag(self, tenant: str, taken_us: int = 0) -> float:
+        """Return where a tenant stands in virtual time: who has the smallest tag is served first.
+
+        That is where what waits of his begins; or, if less than ``burst_s`` waits, so much before all of it ends: a few
+        operators go before a flood. ``taken_us`` of what waits are taken as served.
+        """
         account = self.account(tenant)
-        return account.finish - account.waiting_us / (1e6 * account.limits.weight)
+        waiting_s = (account.waiting_us - taken_us) / (1e6 * account.limits.weight)
+        return account.finish - max(waiting_s, self.burst_s)
 
     def lag_s(self, tenant: str) -> float:
         """Return by how many node-seconds a tenant is behind its fair share; negative: it had more than that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowmesh_mesh.messages import NodeRecord
 from flowmesh_scheduler.core.classes import Fleet, NodeClass
 from flowmesh_scheduler.core.devices import device_class, figures_of
+from flowmesh_scheduler.core.health import may_take
 from flowmesh_scheduler.core.state import Node, State, Work
 
 
@@ -41,7 +42,7 @@ def refresh(state: State) -> None:
         return
     stale, fleet.stale = fleet.stale, {}
     for node in stale:
-        if node.is_usable and state.nodes.get(node.name) is node:
+        if node.is_usable and state.nodes.get(node.name) is node and may_take(state, node, state.now_us):
             _enter(state, fleet, node)
         else:
             _leave(node)
@@ -92,6 +93,8 @@ def _class_of(state: State, fleet: Fleet, node: Node) -> NodeClass:
         device = device_class(r)
         klass = fleet.classes[like] = NodeClass(len(fleet.classes), r, device, memory_bytes=memory_of(r))
         state.costs.know_device(device, figures_of(r))
+        for queue in state.pool.values():
+            klass.ranking[queue.market].pending[queue] = None
     klass.nodes[node.name] = node
     node.klass, node.classed_as = klass, r
     return klass

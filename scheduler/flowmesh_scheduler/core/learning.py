@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flowmesh_mesh.messages import Outcome, Reason
+from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.state import Outstanding, State
 
 
@@ -37,6 +38,9 @@ def gather(state: State, outstanding: Outstanding, outcome: Outcome) -> None:
 
 
 def _learn(state: State, outstanding: Outstanding) -> None:
+    line = state.costs.line(outstanding.kind, outstanding.device)
+    usual_s = line.seconds(outstanding.max_steps, outstanding.sum_units)
+    health.note_batch(state, outstanding, max(outstanding.exec_us, 0) / 1e6, usual_s, state.now_us)
     state.costs.note_batch(
         outstanding.kind,
         outstanding.device,

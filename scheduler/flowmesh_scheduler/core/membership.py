@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from flowmesh_mesh.messages import Beat, Commit, NodeRecord, Reason
+from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outstanding import adopt, release, take_back
+from flowmesh_scheduler.core.outstanding import adopt, release, take_away, take_back
 from flowmesh_scheduler.core.planning import fail_work
 from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, WorkState
 
@@ -35,6 +36,7 @@ def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> Non
         _take_back(state, known, out, counts_as_loss=True)
         state.touch(known)
     node = state.nodes[record.node] = Node(record, now_us, record.state)
+    health.admit(state, node, known, now_us)
     state.touch(node)
     state.costs.know_node(record.node, record.bandwidth_bytes_per_s)
 
@@ -96,6 +98,7 @@ def _give_back(state: State, node: Node, assignment: str, now_us: int, out: Outb
         if taken.counts_as_loss:
             for work in idle:
                 work.nodes_lost -= 1
+                work.lost_on = work.lost_on[:-1]
         adopt(state, node, assignment, {w: w.issued[assignment][0] for w in idle}, now_us, out)
     return True
 
@@ -138,19 +141,22 @@ def _take_back(state: State, node: Node, out: Outbox, *, counts_as_loss: bool) -
 
 
 def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_loss: bool) -> None:
-    works = release(state, outstanding, out)
-    life = state.nodes[outstanding.node].record.started_at_us
-    take_back(state, outstanding.id, TakenBack(outstanding.node, life, tuple(w.key for w in works), counts_as_loss))
-    for work in works:
-        work.assignment = ""
-        work.avoided |= {outstanding.node}
+    """Take an assignment from its node; what runs nowhere else goes back into the pool."""
+    name, life = outstanding.node, state.nodes[outstanding.node].record.started_at_us
+    held = [w for w in outstanding.open.values() if w.state is WorkState.ASSIGNED]
+    works = dict.fromkeys(release(state, outstanding, out))
+    take_back(state, outstanding.id, TakenBack(name, life, tuple(w.key for w in held), counts_as_loss))
+    for work in held:
+        work.avoided |= {name}
         if counts_as_loss:
             work.nodes_lost += 1
-            state.totals["repeated"] += 1
+            work.lost_on = (*work.lost_on, name)
         if work.nodes_lost >= state.settings.nodes_lost_limit:
-            text = f"{work.nodes_lost} nodes were lost while they ran it"
-            fail_work(state, work, Reason.POISON, text, outstanding.node, out)
-        else:
+            take_away(state, work, out)
+            fail_work(state, work, Reason.POISON, health.quarantine(state, work), name, out)
+        elif work in works:
+            work.assignment = ""
+            state.totals["repeated"] += counts_as_loss
             out.queueing.append(work)
 
 

@@ -10,13 +10,21 @@ from flowmesh_mesh import receipts
 from flowmesh_mesh.manifest import Origin, Receipt, ResultManifest, ResultRecord, encode_record, record_cid
 from flowmesh_mesh.messages import Commit, Done, Outcome, Reason
 from flowmesh_mesh.subjects import HUB
-from flowmesh_scheduler.core import fairness
+from flowmesh_scheduler.core import fairness, health, speculation
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.events import Committed, DoneReceived
 from flowmesh_scheduler.core.fleet import can_run
 from flowmesh_scheduler.core.learning import gather
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.outstanding import close_if_empty, executor_of, free_slot, hand_over, note_answer, take_away
+from flowmesh_scheduler.core.outstanding import (
+    close_if_empty,
+    executor_of,
+    free_slot,
+    hand_over,
+    note_answer,
+    step_down,
+    take_away,
+)
 from flowmesh_scheduler.core.planning import deliver, fail_work, plan_again, settle
 from flowmesh_scheduler.core.state import Outstanding, Result, State, Vertex, VertexState, Work, WorkState
 
@@ -40,6 +48,8 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
         return
     tree: list[list[bytes]] = []
     late: dict[bytes, Work] = {}
+    blamed: list[str] = []
+    sample: Work | None = None
     for index, outcome in enumerate(done.outcomes):
         work = state.works.get(outcome.key)
         if work is not None and _is_expected(work, outcome, done):
@@ -60,12 +70,17 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                 _succeed(state, work, outcome, done, receipt, event.blocks, now_us, out)
                 if work.state is WorkState.COMMITTING:
                     late[work.key] = work
-            elif work.assignment == done.assignment:
+            elif done.assignment in (work.assignment, work.copy):
+                blamed.append(_reason_of(outcome))
                 _forget(outstanding, work)
-                _fail(state, work, outcome, done.node, now_us, out)
+                if not _goes_on(state, work, outcome, done, out):
+                    _fail(state, work, outcome, done.node, now_us, out)
+            sample = work
         if outstanding is not None:
             gather(state, outstanding, outcome)
             note_answer(state, outstanding, outcome.key)
+    if sample is not None:
+        health.note_report(state, done.node, sample, done.assignment, blamed, now_us)
     if outstanding is not None:
         if done.last:
             free_slot(state, outstanding)
@@ -133,8 +148,9 @@ def _succeed(
     _note_places(state, outcome, done.node, blocks)
     metered = outcome.metered
     fairness.succeed(state, work, metered.load_us + metered.fetch_us + metered.exec_us)
-    if work.assignment and work.assignment != done.assignment:
-        take_away(state, work, out)
+    if work.copy or (work.assignment and work.assignment != done.assignment):
+        speculation.note_win(state, work, done.assignment, now_us)
+        take_away(state, work, out, keep=done.assignment)
     previous = work.previous
     if previous is not None and previous.result == outcome.result:
         _keep_previous(state, work, previous, done, outcome, out)
@@ -222,9 +238,28 @@ def _note_places(state: State, outcome: Outcome, node: str, blocks: Mapping[byte
                 places.add(HUB)
 
 
+def _reason_of(outcome: Outcome) -> Reason:
+    return _FAILURES.get(outcome.reason, Reason.INTERNAL)
+
+
+def _goes_on(state: State, work: Work, outcome: Outcome, done: Done, out: Outbox) -> bool:
+    """One of two attempts has failed: the other goes on, unless it would fail the same way."""
+    if not step_down(work, done.assignment):
+        return False
+    reason = _reason_of(outcome)
+    if reason == Reason.USER_ERROR:
+        take_away(state, work, out)
+        return False
+    if reason in _UNFIT:
+        work.unfit |= {done.node}
+    elif reason in _RETRIED:
+        work.avoided |= {done.node}
+    return True
+
+
 def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, out: Outbox) -> None:
     """Decide what a failed attempt means: look for inputs, try elsewhere, or give up."""
-    reason = _FAILURES.get(outcome.reason, Reason.INTERNAL)
+    reason = _reason_of(outcome)
     fairness.abandon(state, work)
     work.assignment = ""
     if reason == Reason.INPUT_MISSING and work.misses < _INPUT_MISSES_LIMIT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import heappush
 
 from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.messages import Abort, Commit
@@ -22,8 +23,27 @@ def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
         outstanding.tenants = tuple(dict.fromkeys(fairness.tenant_of(work) for work in outstanding.open.values()))
         fairness.occupy(state, outstanding.tenants)
         expect(state, outstanding)
-        node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
+        outstanding.count = len(outstanding.running)
+        busy = node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
+        if busy <= width(node, outstanding.executor):
+            _begin(state, outstanding)
         state.touch(node)
+
+
+def width(node: Node, kind: str) -> int:
+    """Return how many assignments of a kind a node works on at once; what it has beyond that waits there."""
+    return node.record.slots if kind in ("engine", "train", "user") else 1
+
+
+def _begin(state: State, outstanding: Outstanding) -> None:
+    """The node can begin with an assignment: note when it will be late."""
+    outstanding.begun_us = state.now_us
+    predicted_s, settings = outstanding.predicted_s, state.settings
+    if predicted_s and settings.speculation_share:
+        spread = state.costs.line(outstanding.kind, outstanding.device).spread
+        late_s = predicted_s * (settings.straggler_factor + settings.straggler_spreads * spread)
+        late_us = int(max(late_s, predicted_s + settings.straggler_min_s) * 1e6)
+        heappush(state.copies.due, (state.now_us + late_us, outstanding.id))
 
 
 def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int], now_us: int, out: Outbox) -> None:
@@ -57,7 +77,16 @@ def free_slot(state: State, outstanding: Outstanding) -> None:
         fairness.occupy(state, outstanding.tenants, -1)
         node = state.nodes[outstanding.node]
         node.busy[outstanding.executor] -= 1
+        if node.busy[outstanding.executor] >= width(node, outstanding.executor):
+            _begin_next(state, node, outstanding.executor)
         state.touch(node)
+
+
+def _begin_next(state: State, node: Node, kind: str) -> None:
+    for waiting in node.assignments.values():
+        if waiting.executor == kind and waiting.running and not waiting.begun_us:
+            _begin(state, waiting)
+            return
 
 
 def note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:
@@ -81,22 +110,41 @@ def _drop(state: State, outstanding: Outstanding) -> None:
     state.nodes[outstanding.node].assignments.pop(outstanding.id, None)
 
 
-def take_away(state: State, work: Work, out: Outbox) -> None:
-    """Stop the attempt that runs for this work: its result is not wanted any more."""
-    outstanding = state.assignments.get(work.assignment)
-    work.assignment = ""
+def take_away(state: State, work: Work, out: Outbox, keep: str = "") -> None:
+    """Stop the attempts that run for this work, but for one to ``keep``: their results are not wanted any more."""
+    ended = [identity for identity in (work.assignment, work.copy) if identity and identity != keep]
+    work.assignment, work.copy = keep, ""
+    for identity in ended:
+        stop_attempt(state, work, identity, "no longer needed", out)
+
+
+def stop_attempt(state: State, work: Work, identity: str, reason: str, out: Outbox) -> None:
+    """Let the node of one attempt stop it. The work must not name it any more."""
+    outstanding = state.assignments.get(identity)
     if outstanding is None or outstanding.open.pop(work.key, None) is None:
         return
-    out.add(Tell(outstanding.node, Abort(state.epoch, outstanding.id, (work.key,), "no longer needed")))
+    out.add(Tell(outstanding.node, Abort(state.epoch, outstanding.id, (work.key,), reason)))
     note_answer(state, outstanding, work.key)
     close_if_empty(state, outstanding, out)
 
 
+def step_down(work: Work, identity: str) -> bool:
+    """One attempt at work has ended without a result; tell whether another goes on with it."""
+    if not work.copy:
+        return False
+    if identity == work.assignment:
+        work.assignment, work.copy = work.copy, ""
+    elif identity == work.copy:
+        work.copy = ""
+    return True
+
+
 def release(state: State, outstanding: Outstanding, out: Outbox) -> Sequence[Work]:
-    """Take a whole assignment back; return the work that was still open."""
+    """Take a whole assignment back; return the work that was still open and runs nowhere else."""
     _drop(state, outstanding)
     out.add(Release(outstanding.id, outstanding.node))
-    works = [w for w in outstanding.open.values() if w.assignment == outstanding.id and w.state is WorkState.ASSIGNED]
+    held = [w for w in outstanding.open.values() if w.state is WorkState.ASSIGNED]
+    works = [w for w in held if not step_down(w, outstanding.id) and w.assignment == outstanding.id]
     for work in works:
         fairness.end(state, work, 0)
     return works

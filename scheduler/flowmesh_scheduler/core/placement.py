@@ -1,34 +1,45 @@
 """One round: batches and nodes chosen together, the best first, until nothing is left that is worth placing.
 
-Each market (kinds of executor that compete for the same slots) is cleared by itself. For a class of equal nodes the queues are
-ranked by what a second of such a node earns with their first batch; the price of a node's time is what the first batch that will
-find no node would earn with it. Of the best few queues every candidate (batch, node) is weighed with what that very node holds.
+Each market (kinds of executor that compete for the same slots) is cleared by itself. Every class of equal nodes ranks the queues
+by what a second of such a node earns with their first batch; a rank is looked at again only when its queue has changed. Of the best
+few queues each candidate (batch, node) is weighed with what that very node holds; where nodes are scarce, a node's time has the
+price that the next best queue would pay.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
+from math import log2
 from typing import NamedTuple
 
 from flowmesh_scheduler.core.assigning import assign
-from flowmesh_scheduler.core.classes import ORDER, NodeClass
+from flowmesh_scheduler.core.classes import ORDER, NodeClass, Rank
 from flowmesh_scheduler.core.fleet import can_run, refresh
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.pricing import Base, base_of, factors_of, held_back, lingers, usd_per_s
+from flowmesh_scheduler.core.outstanding import executor_of
+from flowmesh_scheduler.core.pricing import Base, base_of, factors_of, held_back, lingers, rank_of, usd_per_s, wish_of
 from flowmesh_scheduler.core.queues import Queue
 from flowmesh_scheduler.core.state import Node, State, Work
 from flowmesh_scheduler.core.utility import Factors, score, terms
 
-_QUEUES_WEIGHED = 5
+_QUEUES_WEIGHED = 3
 """Queues of which exact candidates are weighed for a class, from the best rank on."""
+
+_LOOK_AGAIN_US = 500_000
+"""After so long it is weighed anew whether to wait for a better node, or for more to join a batch."""
 
 _NODES_WEIGHED = 4
 """With so few idle nodes in a class each is weighed; of more, the likely ones."""
 
 _NODES_COMPARED = 8
 _ALTERNATIVES_KEPT = 3
+
+
+Entry = tuple[float, int, int, Queue, str]
+"""A rank, with the tenant under which it was found."""
 
 
 class Candidate(NamedTuple):
@@ -71,13 +82,12 @@ def place(state: State, now_us: int, out: Outbox) -> None:
     refresh(state)
     if state.is_cut_off or not state.pool:
         return
+    fleet = state.fleet
     for market in ORDER:
-        if market in state.unsettled or market in state.fleet.changed:
+        if market in state.unsettled or market in fleet.changed or fleet.recheck_us.get(market, now_us + 1) <= now_us:
             _Round(state, market, now_us).clear(out)
-    state.fleet.changed.clear()
+    fleet.changed.clear()
     state.unsettled.clear()
-    state.unsettled |= state.held_back
-    state.held_back.clear()
 
 
 @dataclass(slots=True)
@@ -87,58 +97,94 @@ class _Round:
     state: State
     market: str
     now_us: int
-    queues: list[Queue] = field(default_factory=list)
     classes: list[NodeClass] = field(default_factory=list)
-    ranking: dict[int, list[tuple[float, int, Queue]]] = field(default_factory=dict)
-    prices: dict[int, float] = field(default_factory=dict)
-    best: dict[int, Candidate | None] = field(default_factory=dict)
     weighed: list[Candidate] = field(default_factory=list)
-    least_tag: float = 0.0
 
     def clear(self, out: Outbox) -> None:
-        """Assign the best candidate, again and again."""
-        self.classes = [c for c in self.state.fleet.classes.values() if c.idle[self.market]]
-        if not self.classes:
+        """Assign the best candidate, again and again; one whose queue has changed meanwhile is sought anew."""
+        state, market = self.state, self.market
+        changed = state.fleet.take_changed(market)
+        is_freed = market in state.fleet.changed
+        for klass in state.fleet.classes.values():
+            klass.ranking[market].look_again(changed, self.now_us)
+            if is_freed and klass.ranking[market].barred:
+                klass.ranking[market].unbar()
+        self.classes = [c for c in state.fleet.classes.values() if c.idle[market]]
+        if not any(c.ranking[market].pending or c.ranking[market].heaps for c in self.classes):
+            self._note_recheck()
             return
-        self._gather()
+        best: list[tuple[float, int, int, Candidate]] = []
         for klass in self.classes:
-            self._rank(klass)
-            self.best[klass.number] = self._search(klass)
-        while True:
-            found = [c for c in self.best.values() if c is not None]
-            if not found:
-                return
-            chosen = max(found, key=lambda c: (c.score, -c.queue.number, -c.klass.number))
-            self._assign(chosen, out)
+            self._push(best, klass)
+        while best:
+            _, _, version, chosen = heappop(best)
+            if version == chosen.queue.version and chosen.node.name in chosen.klass.idle[market]:
+                self._assign(chosen, out)
+            if chosen.klass.idle[market]:
+                self._push(best, chosen.klass)
+        self._note_recheck()
 
-    def _gather(self) -> None:
-        """Look at every queue of the market: drop what is empty, find the tenant that is furthest behind."""
-        state = self.state
-        tags = []
-        for key, queue in list(state.pool.items()):
-            if queue.market != self.market:
+    def _note_recheck(self) -> None:
+        """Note when to look again at what is kept back."""
+        fleet, market = self.state.fleet, self.market
+        waiting = [c.ranking[market].waiting[0][0] for c in fleet.classes.values() if c.ranking[market].waiting]
+        if waiting:
+            fleet.recheck_us[market] = min(waiting)
+        else:
+            fleet.recheck_us.pop(market, None)
+
+    def _push(self, best: list[tuple[float, int, int, Candidate]], klass: NodeClass) -> None:
+        ranking = klass.ranking[self.market]
+        found = self._search(klass) if ranking.pending or ranking.heaps else None
+        if found is not None:
+            heappush(best, (-found.score, klass.number, found.queue.version, found))
+
+    # --- ranking
+
+    def _entries(self, klass: NodeClass) -> dict[str, list[Rank]]:
+        """Return the heaps of ranked queues of a class, by tenant, after a look at those that have changed."""
+        ranking = klass.ranking[self.market]
+        pending, ranking.pending = ranking.pending, {}
+        heaps = ranking.heaps
+        for queue in pending:
+            if queue.count and self._first(queue) is not None and self._is_able(queue, klass):
+                rank = rank_of(self.state, queue, klass, self.now_us)
+                for tenant in queue.heaps:
+                    heappush(heaps.setdefault(tenant, []), (-rank, queue.number, queue.version, queue))
+        return heaps
+
+    def _take_first(self, klass: NodeClass) -> list[Entry]:
+        """Take the entries of the queues that rank first: by what they earn, and by whose turn it is."""
+        heaps, kept = self._entries(klass), klass.ranking[self.market].kept
+        shares, scale_s = self.state.shares, self.state.settings.fair_scale_s
+        is_fair = "fairness" not in self.state.settings.ablate
+        wanted = 1 if self.market != "engine" else _QUEUES_WEIGHED
+        found: dict[Queue, Entry] = {}
+        heads = []
+        for tenant in list(heaps):
+            heap = heaps[tenant]
+            if _top(heap, kept) is None:
+                del heaps[tenant]
                 continue
-            head = queue.first(state.works, state.may_start)
-            if head is not None:
-                self.queues.append(queue)
-                tags.append(head.tag)
-            elif not queue.heaps:
-                del state.pool[key]
-        self.least_tag = min(tags, default=0.0)
+            handicap = shares.tag(tenant) / scale_s - log2(shares.weight(tenant)) if is_fair else 0.0
+            heads.append((heap[0][0] + handicap, tenant, handicap))
+        heapify(heads)
+        while heads and len(found) < wanted:
+            _, tenant, handicap = heads[0]
+            entry = heappop(heaps[tenant])
+            found[entry[3]] = (entry[0], entry[1], entry[2], entry[3], tenant)
+            following = _top(heaps[tenant], kept)
+            if following is None:
+                heappop(heads)
+            else:
+                heapreplace(heads, (following[0] + handicap, tenant, handicap))
+        return list(found.values())
 
-    def _rank(self, klass: NodeClass) -> None:
-        """Order the queues by what a second of this class earns with them; find the price at which the idle nodes are taken."""
-        ranked = [(-self._base(queue, klass).rate, queue.number, queue) for queue in self.queues if self._is_able(queue, klass)]
-        ranked.sort()
-        self.ranking[klass.number] = ranked
-        slots, price = len(klass.idle[self.market]), 0.0
-        if self.market == "engine":
-            for rate, _, queue in ranked:
-                if slots <= 0:
-                    price = max(0.0, -rate)
-                    break
-                slots -= -(-queue.count // max(1, self._base(queue, klass).count))
-        self.prices[klass.number] = price
+    def _first(self, queue: Queue) -> Work | None:
+        head = queue.first(self.state.works, self.state.start_check)
+        if head is None and not queue.heaps:
+            self.state.pool.pop(queue.key, None)
+        return head
 
     def _is_able(self, queue: Queue, klass: NodeClass) -> bool:
         able = queue.able.get(klass.number)
@@ -147,16 +193,6 @@ class _Round:
             assert head is not None
             able = queue.able[klass.number] = can_run(klass.sample, head)
         return able
-
-    def _base(self, queue: Queue, klass: NodeClass) -> Base:
-        """Return what the first batch of a queue is worth on a class, whatever the node holds; kept until something changes."""
-        known = queue.bases.get(klass.number)
-        state = self.state
-        stamp = (queue.version, state.costs.version, self.least_tag)
-        if known is None or known.stamp != stamp:
-            slots = self._slots(queue)
-            known = queue.bases[klass.number] = base_of(state, queue, klass, slots, self.least_tag, self.now_us, stamp)
-        return known
 
     def _slots(self, queue: Queue) -> int:
         """Return among how many places the queue could be divided: idle nodes, or for kinds that queue on a node all of them."""
@@ -170,46 +206,67 @@ class _Round:
 
     def _search(self, klass: NodeClass) -> Candidate | None:
         """Return the best exact candidate on an idle node of a class, of the queues that rank first."""
+        first = self._take_first(klass)
         best: Candidate | None = None
-        weighed = 0
-        for _, _, queue in self.ranking[klass.number]:
-            if not queue.count or queue.first(self.state.works, self.state.may_start) is None:
+        least_tag = min((self.state.shares.tag(entry[4]) for entry in first), default=0.0)
+        bases = [self._base(entry[3], klass, least_tag) for entry in first]
+        ranking = klass.ranking[self.market]
+        for index, entry in enumerate(first):
+            price = 0.0
+            if len(first) > 1 and len(klass.idle[self.market]) < len(first):
+                price = max(0.0, max(b.rate for number, b in enumerate(bases) if number != index))
+            nodes = self._likely(entry[3], klass)
+            if not nodes:
+                ranking.bar(entry[3])
                 continue
-            candidate = self._best_node(queue, klass)
+            candidate = self._best_node(entry[3], bases[index], klass, nodes, price)
             if candidate is None:
+                ranking.wait(entry[3], self.now_us + self._pause_us(entry[3]))
                 continue
-            weighed += 1
+            heappush(ranking.heaps.setdefault(entry[4], []), entry[:4])
             if best is None or candidate.score > best.score:
                 best = candidate
-            if weighed >= _QUEUES_WEIGHED or self.market != "engine":
-                break
+        if best is None and first:
+            return self._search(klass)  # all that ranked first is better kept back: what ranks next may go
         return best
 
-    def _best_node(self, queue: Queue, klass: NodeClass) -> Candidate | None:
+    def _base(self, queue: Queue, klass: NodeClass, least_tag: float) -> Base:
+        head = self._first(queue)
+        assert head is not None
+        wish = wish_of(self.state, head, least_tag, self.now_us)
+        return base_of(self.state, queue, head, klass, self._slots(queue), wish)
+
+    def _pause_us(self, queue: Queue) -> int:
+        head, settings = queue.head, self.state.settings
+        linger_s = settings.linger_s.get(executor_of(head), 0.0) if head is not None else 0.0
+        waited_us = self.now_us - head.queued_at_us if head is not None else 0
+        left_us = int(linger_s * 1e6) - waited_us
+        return max(1_000, left_us) if left_us > 0 else _LOOK_AGAIN_US
+
+    def _best_node(self, queue: Queue, base: Base, klass: NodeClass, nodes: list[Node], price: float) -> Candidate | None:
         """Return the best of the likely nodes for a queue; None where it is better to wait."""
         state, head = self.state, queue.head
         assert head is not None
-        base = self._base(queue, klass)
         if lingers(state, queue, head, base, usd_per_s(state, klass), self.now_us):
-            state.held_back.add(self.market)
             return None
         best: Candidate | None = None
-        for node in self._likely(queue, klass, head):
-            factors = factors_of(state, queue, head, base, klass, node, self.prices[klass.number])
+        for node in nodes:
+            factors = factors_of(state, queue, head, base, klass, node, price)
             candidate = Candidate(score(factors), queue, klass, node, base, factors)
             self.weighed.append(candidate)
             if best is None or candidate.score > best.score:
                 best = candidate
-        if best is not None and len(state.fleet.classes) > 1:
-            count = base.count
-            if held_back(state, queue, head, best.factors, count, klass, self._base, self._is_able, self.now_us):
-                state.held_back.add(self.market)
+        if best is not None and self.market == "engine" and len(state.fleet.classes) > 1:
+            usual = [c for c in state.fleet.classes.values() if c is not klass and c.nodes and not c.idle[self.market]]
+            able = [c for c in usual if self._is_able(queue, c)]
+            if able and held_back(state, queue, head, best.factors, base.count, able, self.now_us):
                 return None
         return best
 
-    def _likely(self, queue: Queue, klass: NodeClass, head: Work) -> list[Node]:
+    def _likely(self, queue: Queue, klass: NodeClass) -> list[Node]:
         """Return the idle nodes that may be the best: all of few; of many one with the model, some with inputs, any one."""
-        idle = klass.idle[self.market]
+        head, idle = queue.head, klass.idle[self.market]
+        assert head is not None
         barred = head.unfit
         if head.avoided and self._has_other(head):
             barred = barred | head.avoided
@@ -254,37 +311,23 @@ class _Round:
     # --- assigning
 
     def _assign(self, chosen: Candidate, out: Outbox) -> None:
-        state, queue, klass = self.state, chosen.queue, chosen.klass
-        works = queue.take(chosen.base.count, state.works, chosen.base.fits(state))
-        if works:
-            identity = assign(state, chosen.node, works, self.now_us, out, terms(chosen.factors), chosen.factors.seconds)
-            state.note_decision(
-                Decision(
-                    identity, chosen.node.name, len(works), label_of(queue), chosen.factors, self._others(chosen), self.now_us
-                )
-            )
-        refresh(state)
-        for other in self.classes:
-            ranked = self.ranking[other.number]
-            if other is klass or ((known := self.best[other.number]) is not None and known.queue is queue):
-                if queue.count:
-                    self._move(ranked, queue, other)
-                self.best[other.number] = self._search(other) if other.idle[self.market] else None
-
-    def _move(self, ranked: list[tuple[float, int, Queue]], queue: Queue, klass: NodeClass) -> None:
-        """Give a queue that has changed its new rank."""
-        if queue.first(self.state.works, self.state.may_start) is None:
+        state, queue = self.state, chosen.queue
+        works = queue.take(chosen.base.count, state.works, chosen.base.fits(state), state.start_check)
+        state.fleet.note_change(queue)
+        if not works:
             return
-        for index, entry in enumerate(ranked):
-            if entry[2] is queue:
-                del ranked[index]
-                break
-        insort(ranked, (-self._base(queue, klass).rate, queue.number, queue))
+        identity = assign(state, chosen.node, works, self.now_us, out, terms(chosen.factors), chosen.factors.seconds)
+        others = self._others(chosen)
+        decision = Decision(identity, chosen.node.name, len(works), label_of(queue), chosen.factors, others, self.now_us)
+        state.note_decision(decision)
+        refresh(state)
+        changed = state.fleet.take_changed(self.market)
+        for klass in state.fleet.classes.values():
+            klass.ranking[self.market].look_again(changed, self.now_us)
 
     def _others(self, chosen: Candidate) -> tuple[Alternative, ...]:
         """Return the best of what was weighed besides: other nodes for these works, other works for this node."""
         near = [c for c in self.weighed if c is not chosen and (c.queue is chosen.queue or c.node is chosen.node)]
-        near += [c for c in self.best.values() if c is not None and c.queue is chosen.queue and c.klass is not chosen.klass]
         self.weighed = [c for c in self.weighed if c.queue is not chosen.queue and c.node is not chosen.node][-32:]
         found: dict[tuple[str, int], Candidate] = {}
         for candidate in sorted(near, key=lambda c: -c.score):
@@ -294,6 +337,16 @@ class _Round:
             Alternative(f"{label_of(c.queue)} on {c.node.name}", c.node.name, c.base.count, label_of(c.queue), c.factors)
             for c in list(found.values())[:_ALTERNATIVES_KEPT]
         )
+
+
+def _top(heap: list[Rank], kept: Mapping[Queue, int]) -> Rank | None:
+    """Return the first entry of a heap that still counts and is not kept back; forget the others before it."""
+    while heap:
+        _, _, version, queue = heap[0]
+        if version == queue.version and queue.count and kept.get(queue) != version:
+            return heap[0]
+        heappop(heap)
+    return None
 
 
 def label_of(queue: Queue) -> str:

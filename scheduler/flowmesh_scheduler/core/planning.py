@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from flowmesh_mesh.identity import batch_key, effect_salt, identity_record, operator_key, private_salt
 from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref
 from flowmesh_mesh.messages import Reason
-from flowmesh_scheduler.core import fairness
+from flowmesh_scheduler.core import fairness, health
 from flowmesh_scheduler.core.commands import Accept
 from flowmesh_scheduler.core.costs import cost_class, size_of
 from flowmesh_scheduler.core.events import Submitted
@@ -123,10 +123,20 @@ def enter(state: State, vertex: Vertex, out: Outbox) -> None:
         return
     work = _new_work(state, vertex, inputs, digests)
     result = state.results.get(key)
-    if result is None:
+    if result is None and key in state.ward.quarantine and (text := health.refuses(state, key)):
+        fail_work(state, work, Reason.POISON, text, "", out)
+    elif result is None:
         out.queueing.append(work)
     else:
         _ask_for_hit(state, work, result, out)
+
+
+def _company_of(state: State, vertex: Vertex) -> str:
+    """Return what keeps private work out of the batches of others: how a batch went would tell who asked for the same."""
+    if not vertex.is_private:
+        return ""
+    salt = salt_of(state, vertex)
+    return f"|private={salt.hex()[:16]}" if salt else ""
 
 
 def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digests: dict[str, str]) -> Work:
@@ -137,7 +147,7 @@ def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digest
         inputs,
         digests,
         operator.models,
-        batch_key(operator, inputs, digests, vertex.key),
+        batch_key(operator, inputs, digests, vertex.key) + _company_of(state, vertex),
         state.take_order(),
         operator.priority,
         waiters={vertex: None},
@@ -147,6 +157,7 @@ def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digest
     )
     former, vertex.former = vertex.former, None
     if former is not None:
+        work.lost_on, work.is_copied = former.lost_on, former.is_copied
         work.nodes_lost, work.avoided, work.unfit = former.nodes_lost, former.avoided, former.unfit
         if former.key == work.key:
             work.attempts, work.failures, work.issued = former.attempts, former.failures, former.issued

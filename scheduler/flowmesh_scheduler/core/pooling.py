@@ -52,11 +52,13 @@ def push(state: State, work: Work) -> None:
     key = pool_key(work)
     queue = state.pool.get(key)
     if queue is None:
-        market = MARKETS[CATALOG[work.operator.type].executor]
-        queue = state.pool[key] = Queue(key, state.take_order(), market, work.model, state.shares)
+        kind = CATALOG[work.operator.type]
+        queue = Queue(key, state.take_order(), MARKETS[kind.executor], work.model, state.shares, kind.batches)
+        state.pool[key] = queue
     work.seconds = _seconds(state, work)
     fairness.enter(state, work, work.seconds)
     queue.add(work, state.now_us)
+    state.fleet.note_change(queue)
     state.unsettled.add(queue.market)
 
 

@@ -5,12 +5,11 @@ Seconds come from what was learned (:mod:`costs`), dollars from the prices of no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop
-from math import sqrt
+from math import log2, sqrt
 
-from flowmesh_mesh.catalog import CATALOG
 from flowmesh_scheduler.core.classes import NodeClass
 from flowmesh_scheduler.core.outstanding import executor_of
 from flowmesh_scheduler.core.queues import Queue
@@ -34,7 +33,6 @@ class Base:
     delay_usd_per_s: float
     fixed_s: float
     memory_bytes: float
-    stamp: object
 
     def fits(self, state: State) -> Callable[[Work], bool] | None:
         """Return what tells whether one more operator fits beside those taken; None where there is enough for all."""
@@ -61,40 +59,55 @@ def usd_per_s(state: State, klass: NodeClass) -> float:
     return (klass.sample.price_per_hour or state.settings.price_per_hour) / 3600
 
 
-def wish_of(state: State, work: Work, least_tag: float, now_us: int) -> float:
-    """Return by how much work is wanted more than other work: weight, priority, deadline, and its tenant's place in the queue."""
-    settings = state.settings
-    wish = state.shares.weight(work.tenant) * 1.25**work.priority
+def _own_wish(state: State, work: Work, now_us: int) -> float:
+    """Return by how much work is wanted more than other work of its tenant: by its priority and its deadline."""
+    wish = 1.25**work.priority if work.priority else 1.0
     if work.deadline_us:
         slack_s = max(0.0, (work.deadline_us - now_us) / 1e6)
-        wish *= 1.0 + settings.deadline_weight * work.seconds / (work.seconds + slack_s)
-    ahead = state.shares.tag(work.tenant) - least_tag
+        wish *= 1.0 + state.settings.deadline_weight * work.seconds / (work.seconds + slack_s)
+    return wish
+
+
+def wish_of(state: State, work: Work, least_tag: float, now_us: int) -> float:
+    """Return by how much work is wanted more than other work: priority, deadline, weight and turn of its tenant."""
+    settings, shares = state.settings, state.shares
+    wish = shares.weight(work.tenant) * _own_wish(state, work, now_us)
+    ahead = shares.tag(work.tenant) - least_tag
     if ahead > 0.0 and "fairness" not in settings.ablate:
         wish *= max(settings.fair_floor, 2.0 ** (-ahead / settings.fair_scale_s))
     return wish
 
 
-def base_of(state: State, queue: Queue, klass: NodeClass, slots: int, least_tag: float, now_us: int, stamp: object) -> Base:
-    """Return the first batch of a queue on a class of which ``slots`` places are free."""
+def rank_of(state: State, queue: Queue, klass: NodeClass, now_us: int) -> float:
+    """Return the logarithm of what a second of a class earns with a queue's batches: by it the queues of a tenant are ordered."""
     head, settings = queue.head, state.settings
     assert head is not None
     line = state.costs.line(head.cost_kind, klass.device)
+    count = queue.count
+    each_s, worth_s = line.unit_s * queue.units / count, queue.worth_s / count
+    batch = min(count, settings.batch_limit[executor_of(head)]) if queue.is_batching else 1
+    exec_s = max(_SECONDS_MIN, line.fixed_s + line.step_s * queue.steps + each_s * batch)
+    return log2((settings.value_margin * worth_s + settings.hold_s) * batch / exec_s * _own_wish(state, head, now_us))
+
+
+def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, slots: int, wish: float) -> Base:
+    """Return the first batch of a queue on a class of which ``slots`` places are free."""
+    settings = state.settings
+    line = state.costs.line(head.cost_kind, klass.device)
     usual, price = usual_usd_per_s(state), usd_per_s(state, klass)
-    wish = wish_of(state, head, least_tag, now_us)
     delay = usual * wish * max(1, len(queue.runs))
     fixed_s = line.fixed_s + line.step_s * queue.steps
     each_s = line.unit_s * queue.units / max(1, queue.count)
     memory_bytes = _room(state, klass, head)
     count = batch_count(state, queue, head, fixed_s, each_s, slots, price, delay)
-    if memory_bytes:
+    if memory_bytes and count > 1:
         each_bytes = state.costs.memory_bytes(head.cost_kind, head.size)
         count = max(1, min(count, int(memory_bytes / each_bytes) + 1)) if each_bytes > 0 else count
     exec_s = max(_SECONDS_MIN, fixed_s + each_s * count)
     worth_s = queue.worth_s / max(1, queue.count) * count
     value = usual * wish * (settings.value_margin * worth_s + settings.hold_s * count)
     delay *= count / max(count, queue.count)
-    rate = (value - (delay + price) * exec_s) / exec_s
-    return Base(rate, count, exec_s, value, delay, fixed_s, memory_bytes, stamp)
+    return Base((value - (delay + price) * exec_s) / exec_s, count, exec_s, value, delay, fixed_s, memory_bytes)
 
 
 def _room(state: State, klass: NodeClass, head: Work) -> float:
@@ -115,7 +128,7 @@ def batch_count(
     cost bounds the seconds of a batch.
     """
     settings, kind, ready = state.settings, executor_of(head), queue.count
-    if not CATALOG[head.operator.type].batches or "batching" in settings.ablate:
+    if not queue.is_batching or "batching" in settings.ablate:
         return 1
     limit = settings.batch_limit[kind]
     if queue.market != "engine":
@@ -181,31 +194,26 @@ def _missing(state: State, head: Work, count: int, node: Node) -> tuple[float, f
 
 
 def held_back(
-    state: State,
-    queue: Queue,
-    head: Work,
-    factors: Factors,
-    count: int,
-    klass: NodeClass,
-    base: Callable[[Queue, NodeClass], Base],
-    is_able: Callable[[Queue, NodeClass], bool],
-    now_us: int,
+    state: State, queue: Queue, head: Work, factors: Factors, count: int, others: Sequence[NodeClass], now_us: int
 ) -> bool:
-    """Tell whether waiting for a class of which all nodes are busy is better than this idle node, by more than a margin."""
-    if queue.market != "engine" or now_us - head.queued_at_us > state.settings.hold_back_max_s * 1e6:
+    """Tell whether waiting for one of ``others``, whose nodes are all busy, is better than this idle node by more than a margin."""
+    if now_us - head.queued_at_us > state.settings.hold_back_max_s * 1e6:
         return False
     own = score(factors._replace(opportunity_usd_per_s=0.0)) / count
-    for other in state.fleet.classes.values():
-        if other is klass or not other.nodes or other.idle[queue.market] or not is_able(queue, other):
+    needed = own + _ELSEWHERE_MARGIN * abs(own)
+    each = factors.value_usd / count
+    delay = factors.delay_usd_per_s / count
+    for other in others:
+        line = state.costs.line(head.cost_kind, other.device)
+        exec_s = line.fixed_s + line.step_s * queue.steps + line.unit_s * queue.units / max(1, queue.count) * count
+        price = usd_per_s(state, other)
+        if each - (delay + price / count) * exec_s <= needed:
             continue
-        there = base(queue, other)
         wait_s = free_in_s(state, other, now_us) + queue.worth_s / len(other.nodes)
         load_s = 0.0
         if queue.model and not other.warm.get(queue.model):
             load_s = state.costs.load_s(queue.model, other.device)
-        price = usd_per_s(state, other)
-        usd = there.value_usd - there.delay_usd_per_s * (wait_s + load_s + there.exec_s) - price * (there.exec_s + load_s)
-        if usd / there.count > own + _ELSEWHERE_MARGIN * abs(own):
+        if each - delay * (wait_s + load_s + exec_s) - price * (exec_s + load_s) / count > needed:
             return True
     return False
 
@@ -225,7 +233,7 @@ def lingers(state: State, queue: Queue, head: Work, base: Base, price: float, no
     waited_s = (now_us - head.queued_at_us) / 1e6
     if not linger_s or waited_s >= linger_s or base.count < queue.count or base.count >= settings.batch_limit[kind]:
         return False
-    if not CATALOG[head.operator.type].batches:
+    if not queue.is_batching:
         return False
     since_s = (now_us - queue.last_arrival_us) / 1e6
     rate = min(queue.rate_per_s, 1.0 / since_s) if since_s > 0 else queue.rate_per_s

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import TYPE_CHECKING
 
 from flowmesh_scheduler.core.fairness import Shares
 from flowmesh_scheduler.core.state import PoolKey, Work, WorkState
-
-if TYPE_CHECKING:
-    from flowmesh_scheduler.core.pricing import Base
 
 Entry = tuple[int, int, int, Work]
 """(-priority, order of arrival, ticket, work); void once the work has another ticket or is queued no more."""
@@ -25,7 +21,7 @@ class Queue:
     """Ready work of one pool key.
 
     ``count``, ``units`` and ``runs`` (ready operators by run) also count entries that have become void and were not met yet.
-    ``version`` grows with every change. ``bases`` caches, by node class, what the first batch would be worth there.
+    ``version`` grows with every change. ``able`` remembers which classes of nodes can run it.
     """
 
     key: PoolKey
@@ -33,6 +29,7 @@ class Queue:
     market: str
     model: str
     shares: Shares
+    is_batching: bool = True
     heaps: dict[str, list[Entry]] = field(default_factory=dict)
     count: int = 0
     units: float = 0.0
@@ -43,7 +40,6 @@ class Queue:
     rate_per_s: float = 0.0
     last_arrival_us: int = 0
     able: dict[int, bool] = field(default_factory=dict)
-    bases: dict[int, Base] = field(default_factory=dict)
     head: Work | None = None
 
     def add(self, work: Work, now_us: int) -> None:
@@ -125,6 +121,7 @@ class Queue:
     ) -> list[Work]:
         """Take up to ``count`` works in virtual time over tenants; stop at the first that does not fit beside the others."""
         taken: list[Work] = []
+        taken_us: dict[str, int] = {}
         heads = [
             (self.shares.tag(tenant), work.order, tenant)
             for tenant in list(self.heaps)
@@ -132,7 +129,7 @@ class Queue:
         ]
         heapify(heads)
         while heads and len(taken) < count:
-            tag, _, tenant = heads[0]
+            tenant = heads[0][2]
             work = self.heaps[tenant][0][3]
             if fits is not None and taken and not fits(work):
                 break
@@ -144,8 +141,8 @@ class Queue:
             if following is None:
                 heappop(heads)
             else:
-                tag += work.charged_us / (1e6 * self.shares.weight(tenant))
-                heapreplace(heads, (tag, following.order, tenant))
+                taken_us[tenant] = taken_us.get(tenant, 0) + work.charged_us
+                heapreplace(heads, (self.shares.tag(tenant, taken_us[tenant]), following.order, tenant))
         self.version += 1
         self.head = None
         return taken

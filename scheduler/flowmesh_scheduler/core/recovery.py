@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowmesh_cas.cid import digest_of
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
 from flowmesh_mesh.messages import Assignment, Reason
+from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
@@ -23,6 +24,7 @@ def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> No
             state.results[key] = _result(cid, record)
     for found in event.runs:
         state.know_models(found.acceptance.model_bytes)
+    health.inherit(state, event.health)
     for end, acceptance in event.ended:
         state.ended[(end.tenant, end.run)] = (end, acceptance)
     entering: list[Vertex] = []
@@ -89,21 +91,26 @@ def _follow_results(state: State, run: Run, out: Outbox) -> None:
 def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> None:
     """An assignment of an earlier epoch goes on where its node is known and has not started again.
 
-    Otherwise it is released; what its node may have done of it is taken when it comes.
+    Otherwise it is released, and so is a second attempt beside one that goes on; what its node may have done of it is taken
+    when it comes.
     """
     node = state.nodes.get(assignment.node)
     attempts: dict[Work, int] = {}
+    beside: dict[Work, int] = {}
     for item in assignment.items:
         work = state.works.get(item.key)
         if work is None or work.is_hit or work.generation != item.generation:
             continue
         if work.state in (WorkState.QUEUED, WorkState.LOCATING):
             attempts[work] = item.attempt
+        elif work.state is WorkState.ASSIGNED:
+            beside[work] = item.attempt
     if node is not None and attempts and assignment.life == node.record.started_at_us:
         adopt(state, node, assignment.id, attempts, now_us, out)
-        return
-    out.add(Release(assignment.id, assignment.node))
-    take_back(state, assignment.id, TakenBack(assignment.node, assignment.life, tuple(w.key for w in attempts), False))
-    for work, attempt in attempts.items():
+    else:
+        out.add(Release(assignment.id, assignment.node))
+        beside |= attempts
+        take_back(state, assignment.id, TakenBack(assignment.node, assignment.life, tuple(w.key for w in beside), False))
+    for work, attempt in beside.items():
         work.attempts = max(work.attempts, attempt)
         work.issue(assignment.id, attempt, assignment.node)

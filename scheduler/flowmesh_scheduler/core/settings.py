@@ -39,7 +39,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """An operator whose result was lost this many times in one run is not computed again: somebody claims what he never has."""
 
     batch_limit: dict[str, int] = msgspec.field(
-        default_factory=lambda: {"inline": 500, "data": 32, "engine": 16, "train": 1, "user": 8}
+        default_factory=lambda: {"inline": 500, "data": 32, "engine": 256, "train": 1, "user": 8}
     )
     """Most operators in one assignment, by kind of executor: bounds what one lost node costs."""
 
@@ -87,8 +87,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """By how much more work is wanted as the slack to its stage's deadline goes to nothing."""
 
     fair_burst_s: float = 10.0
-    """Virtual seconds that a tenant saves up, at most, while others wait and it takes less than its share: so what comes now and
-    then is not held up by those that always have more. Any other may end so much later than with exact shares."""
+    """Virtual seconds by which a tenant with little to do may be ahead of its exact share, and as many that are kept for it of
+    what it left to others: so what comes now and then is hardly held up by a flood. Any other may end so much later. 0: exact."""
 
     fair_scale_s: float = 2.0
     """Work of a tenant that is so much further than the one furthest behind (virtual seconds) is wanted half as much."""

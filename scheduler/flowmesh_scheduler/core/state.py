@@ -19,6 +19,7 @@ from flowmesh_scheduler.core.classes import Fleet, NodeClass
 from flowmesh_scheduler.core.costs import CostClass, Costs, Size
 from flowmesh_scheduler.core.fairness import Account, Shares, may_start
 from flowmesh_scheduler.core.settings import Settings
+from flowmesh_scheduler.core.standing import Copies, Health, Ward
 
 if TYPE_CHECKING:
     from flowmesh_scheduler.core.placement import Decision
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _NO_SIZE = Size(0.0, 1.0)
 _DECISIONS_KEPT = 2_000
+_TOTALS = ("executed", "shared", "saved_us", "repeated", "speculated", "speculation_won")
 _NOTHING_ISSUED: Mapping[str, tuple[int, str]] = {}
 
 
@@ -136,7 +138,8 @@ class Run:
 class Work:
     """The execution behind one operator key; every vertex with that key waits for it.
 
-    ``issued`` holds attempt and node by assignment. ``avoided`` nodes are used only if there is no other, ``unfit`` ones never.
+    ``issued`` holds attempt and node by assignment; ``copy`` is a second assignment beside the first, while both run.
+    ``avoided`` nodes are used only if there is no other, ``unfit`` ones never; ``lost_on`` are those that it was lost with.
     ``ticket`` is the number of its place in the pool, or in the pause before that; any other place of it is void.
     ``charged_us`` of a node's time are paid by ``payers`` (waiters by tenant), or by one ``tenant``; it waits under that tenant
     and ``tag``. ``standing`` tells among what it is counted there: waiting, running, or neither.
@@ -161,6 +164,9 @@ class Work:
     unfit: frozenset[str] = frozenset()
     issued: Mapping[str, tuple[int, str]] = field(default_factory=_nothing_issued)
     assignment: str = ""
+    copy: str = ""
+    is_copied: bool = False
+    lost_on: tuple[str, ...] = ()
     not_before_us: int = 0
     ticket: int = 0
     timeout_s: float = 0.0
@@ -242,6 +248,7 @@ class Node:
     load: float = 0.0
     running: int = 0
     memory_free_bytes: int = 0
+    health: Health = field(default_factory=Health)
 
     @property
     def name(self) -> str:
@@ -254,7 +261,10 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Outstanding:
-    """An assignment on a node: which work is still open, and of which the node has yet to tell the outcome (``running``)."""
+    """An assignment on a node: which work is still open, and of which the node has yet to tell the outcome (``running``).
+
+    ``count`` is how many operators it had; ``begun_us`` when the node could begin with it, 0 while it waits there.
+    """
 
     id: str
     node: str
@@ -270,6 +280,8 @@ class Outstanding:
     max_steps: float = 0.0
     sum_units: float = 0.0
     predicted_s: float = 0.0
+    count: int = 0
+    begun_us: int = 0
     items: int = 0
     succeeded: int = 0
     expected_s: float = 0.0
@@ -302,8 +314,6 @@ class State:
     results: dict[bytes, Result] = field(default_factory=dict)
     pool: dict[PoolKey, Queue] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
-    held_back: set[str] = field(default_factory=set)
-    wake_us: int = 0
     fleet: Fleet = field(default_factory=Fleet)
     costs: Costs = field(default_factory=Costs)
     model_bytes: dict[str, int] = field(default_factory=dict)
@@ -316,16 +326,19 @@ class State:
     places: dict[bytes, set[str]] = field(default_factory=dict)
     locating: dict[bytes, list[Work]] = field(default_factory=dict)
     shares: Shares = field(default_factory=Shares)
+    ward: Ward = field(default_factory=Ward)
+    copies: Copies = field(default_factory=Copies)
     is_cut_off: bool = False
     next_order: int = 0
     next_assignment: int = 0
-    totals: dict[str, int] = field(default_factory=lambda: {"executed": 0, "shared": 0, "saved_us": 0, "repeated": 0})
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TOTALS, 0))
     tenant_secrets: dict[str, bytes] = field(default_factory=dict)
     name_private: Callable[[bytes], bytes] | None = None
     """Told each private operator key as it is computed; returns the one to use. A recording notes it; a replay has no secret."""
 
     def __post_init__(self) -> None:
-        self.shares.tenants = self.settings.tenants
+        self.costs.bandwidth_bytes_per_s = self.settings.bandwidth_bytes_per_s
+        self.shares.tenants, self.shares.burst_s = self.settings.tenants, self.settings.fair_burst_s
 
     def know_models(self, sizes: Mapping[str, int]) -> None:
         """Learn how large models are."""
@@ -336,6 +349,11 @@ class State:
     def may_start(self, tenant: str) -> bool:
         """Tell whether a tenant's quota allows one more assignment."""
         return may_start(self, tenant)
+
+    @property
+    def start_check(self) -> Callable[[str], bool] | None:
+        """Return what tells whether a tenant may start something; None where no tenant has such a quota."""
+        return self.may_start if self.shares.has_slot_quotas else None
 
     def touch(self, node: Node) -> None:
         """Note that a node has changed in something that a choice depends on."""

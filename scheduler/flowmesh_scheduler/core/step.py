@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flowmesh_scheduler.core import ending, fairness, membership, outcomes, planning, pooling, recovery
+from flowmesh_scheduler.core import (
+    canaries,
+    ending,
+    fairness,
+    health,
+    membership,
+    outcomes,
+    planning,
+    pooling,
+    recovery,
+    speculation,
+)
 from flowmesh_scheduler.core.commands import Command
 from flowmesh_scheduler.core.events import (
     BeatReceived,
     CancelRequested,
     Committed,
+    CordonRequested,
     CutOff,
     DoneReceived,
     Ended,
@@ -19,6 +31,7 @@ from flowmesh_scheduler.core.events import (
     Located,
     NodeDisconnected,
     NodeJoined,
+    QuarantineLifted,
     ReadySeen,
     Recovered,
     Restored,
@@ -46,7 +59,11 @@ def step(state: State, event: Event, now_us: int, placer: Placer = place) -> lis
     if type(event) is Recovered:
         for assignment in event.assignments:
             recovery.readopt(state, assignment, now_us, out)
+    if state.ward.patients:
+        canaries.place(state, now_us, out)
     placer(state, now_us, out)
+    if type(event) is Tick:
+        speculation.watch(state, now_us, out)
     while out.touched:
         touched, out.touched = out.touched, {}
         for run in touched.values():
@@ -75,6 +92,7 @@ def _drain(state: State, out: Outbox) -> None:
 def _on_tick(state: State, event: Tick, now_us: int, out: Outbox) -> None:
     pooling.release_delayed(state, now_us)
     membership.watch_leases(state, now_us, out)
+    health.watch(state, now_us, out)
     ending.watch_deadlines(state, now_us, out)
 
 
@@ -99,6 +117,8 @@ _HANDLERS: dict[type, Callable[[State, Any, int, Outbox], None]] = {
     NodeJoined: lambda state, event, now, out: membership.on_joined(state, event.record, now, out),
     BeatReceived: lambda state, event, now, out: membership.on_beat(state, event.beat, now, out),
     NodeDisconnected: lambda state, event, now, out: membership.on_disconnected(state, event.node, now),
+    CordonRequested: health.on_cordon,
+    QuarantineLifted: lambda state, event, now, out: health.on_lifted(state, event),
     DoneReceived: outcomes.on_done,
     Committed: lambda state, event, now, out: outcomes.on_committed(state, event, out),
     Located: lambda state, event, now, out: pooling.on_located(state, event, out),
