@@ -161,6 +161,7 @@ def _write_credentials(layout: Layout, keyring: Keyring, nodes: list[str]) -> No
             "mesh": keyring.mesh,
             "tenants": keyring.tenants,
             "share": "mesh",
+            "tenants_may_cordon": read_json(layout.scheduler).get("tenants_may_cordon", True),
         },
     )
     _write_changed(

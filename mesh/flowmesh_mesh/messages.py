@@ -272,6 +272,23 @@ class NodeRecord(_Message, frozen=True, tag="node/1"):
     egress_usd_per_gb: float = 0.0
 
 
+class NodeHealth(_Message, frozen=True, tag="health/1"):
+    """How far a node is trusted (stream HEALTH, last value per node); ``state`` is ok, cordoned or canary.
+
+    ``by`` is the scheduler, or who asked; ``until_us`` ends a cordon of the scheduler's own; ``strikes`` counts these in a row;
+    ``kind`` is the operator type on which the node was found sick.
+    """
+
+    node: str
+    state: str
+    reason: str = ""
+    by: str = ""
+    since_us: int = 0
+    until_us: int = 0
+    strikes: int = 0
+    kind: str = ""
+
+
 class Log(_Message, frozen=True, tag="log/1"):
     """Lines that a running operator printed."""
 

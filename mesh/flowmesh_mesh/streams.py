@@ -140,6 +140,25 @@ def nodes(replicas: int = 1) -> StreamConfig:
     )
 
 
+def health(replicas: int = 1) -> StreamConfig:
+    """How far each node is trusted: what a new leader must not forget."""
+    return StreamConfig(
+        subjects.HEALTH, ["fm.health.*"], max_msgs_per_subject=1, num_replicas=replicas, duplicate_window=2 * SECOND_NS
+    )
+
+
+def costs(replicas: int = 1) -> StreamConfig:
+    """What was learned about costs, for the next leader; without authority, so that losing some of it loses time only."""
+    return StreamConfig(
+        subjects.COSTS,
+        ["fm.costs.*"],
+        max_msgs=8192,
+        max_msgs_per_subject=1,
+        num_replicas=replicas,
+        duplicate_window=2 * SECOND_NS,
+    )
+
+
 def lease(replicas: int = 1) -> StreamConfig:
     """The bucket of the leader's lease: keys expire, and an expiry leaves a marker that watchers see."""
     return StreamConfig(
@@ -166,6 +185,8 @@ def mesh_streams(now_ms: int, replicas: int = 1) -> list[StreamConfig]:
         done(replicas),
         runs(replicas),
         nodes(replicas),
+        health(replicas),
+        costs(replicas),
     ]
 
 

@@ -15,6 +15,8 @@ DONE = "DONE"
 LEDGER = "LEDGER"
 RUNS = "RUNS"
 NODES = "NODES"
+HEALTH = "HEALTH"
+COSTS = "COSTS"
 LEASE_BUCKET = "lead"
 LEASE_STREAM = "KV_lead"
 LEASE_SUBJECT = "$KV.lead.scheduler"
@@ -96,6 +98,16 @@ def node_log(node: str) -> str:
 def node_record(node: str) -> str:
     """The node's own description (stream NODES, last value per node)."""
     return f"fm.nodes.{node}"
+
+
+def node_health(node: str) -> str:
+    """How far a node is trusted, written by the leader (stream HEALTH, last value per node)."""
+    return f"fm.health.{node}"
+
+
+def cost(entry: str) -> str:
+    """One entry of what was learned about costs, written by the leader (stream COSTS, last value per entry)."""
+    return f"fm.costs.{entry}"
 
 
 def node_control(node: str) -> str:

@@ -14,7 +14,7 @@ from flowmesh_mesh import __version__, subjects
 from flowmesh_mesh.bus import Delivery
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
-from flowmesh_scheduler import lineage
+from flowmesh_scheduler import cordons, explanations, lineage, tenants
 from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.recovery import evaluate
 from flowmesh_scheduler.core.state import Node, Run, Vertex, VertexState
@@ -82,8 +82,13 @@ def _status(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]
         "nodes": _nodes(leader, tenant, args),
         "queues": counts,
         "runs": {"active": sum(r.end is None for r in state.runs.values()), "ended": len(state.ended)},
-        "totals": dict(state.totals),
+        "totals": {**state.totals, "speculation_usd": round(state.copies.total_usd, 6)},
+        "tenants": _tenants(leader, tenant, args),
     }
+
+
+def _tenants(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, Any]]:
+    return tenants.rows(leader.state, leader.tenant_names, tenant, all_tenants=leader.config.share == "mesh")
 
 
 def _nodes(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,7 +116,20 @@ def _node(node: Node, models: Mapping[str, str], now_us: int) -> dict[str, Any]:
         "assignments": len(node.assignments),
         "site": record.site,
         "python": record.python,
+        "health": node.health.plain(),
     }
+
+
+def _costs(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return learned costs. Where tenants share nothing, what others run has no name."""
+    state, is_shared = leader.state, leader.config.share == "mesh"
+    accepted = [run.acceptance for run in state.runs.values()] + [each for _, each in state.ended.values() if each is not None]
+    models = {digest: name for each in accepted if is_shared or each.tenant == tenant for name, digest in each.models.items()}
+    rows = state.costs.rows()
+    for row in rows:
+        row["digest"] = row["model"] if is_shared or row["model"] in models else ""
+        row["model"] = models.get(row["model"], row["digest"])
+    return {"rows": rows, "nodes": state.costs.node_rows()}
 
 
 # --- runs
@@ -264,11 +282,17 @@ async def _lineage(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[st
 _ANSWERS: dict[str, Any] = {
     "status": _status,
     "nodes": _nodes,
+    "costs": _costs,
     "runs": _runs,
     "run": _run,
     "outputs": _outputs,
     "log": _log,
     "lineage": _lineage,
+    "why": explanations.why,
+    "plan": explanations.plan,
+    "cordon": cordons.cordon,
+    "uncordon": cordons.uncordon,
+    "unquarantine": cordons.unquarantine,
 }
 
 

@@ -51,8 +51,21 @@ def load_config(folder: Path) -> Config:
     """Read the configuration in ``folder``; raise UsageError naming what is wrong with it."""
     path = folder / FILE_NAME
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Config)
+        return _with_account_keys(msgspec.json.decode(path.read_bytes(), type=Config), path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint="`flowmesh up` writes it.") from error
     except msgspec.DecodeError as error:
         raise UsageError(f"{path}: {error}", hint="Compare it with docs/scheduler.md.") from error
+
+
+def _with_account_keys(config: Config, path: Path) -> Config:
+    """Return the configuration with the tenants of its settings by the keys of their accounts: so the core knows them."""
+    named = config.settings.tenants
+    unknown = [name for name in named if name not in config.tenants]
+    if unknown:
+        known = ", ".join(sorted(config.tenants)) or "none"
+        raise UsageError(
+            f"{path}: settings.tenants names {', '.join(unknown)}, who is no tenant of this mesh", hint=f"Known: {known}."
+        )
+    tenants = {config.tenants[name]: limits for name, limits in named.items()}
+    return msgspec.structs.replace(config, settings=msgspec.structs.replace(config.settings, tenants=tenants))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowmesh_cas.errors import FlowmeshError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.manifest import encode_record, record_cid
 from flowmesh_mesh.messages import encode
@@ -118,6 +119,17 @@ class Hands:
         self._leader.ledger.write(subjects.ledger_cancelled(*pair), encode_record(cancellation))
         self._leader.feeds.tell(*pair, "cancelling", {"actor": cancellation.actor})
 
+    def _record_health(self, command: c.RecordHealth) -> None:
+        self._leader.spawn(self._record_health_now(command))
+
+    async def _record_health_now(self, command: c.RecordHealth) -> None:
+        health = command.health
+        log.info("node %s is %s by %s: %s", health.node, health.state, health.by, health.reason or "no reason given")
+        try:
+            await self._leader.bus.store(subjects.node_health(health.node), encode(health))
+        except FlowmeshError as error:
+            log.warning("the next leader may not know that node %s is %s: %s", health.node, health.state, error)
+
     def _end(self, command: c.EndRun) -> None:
         end = command.end
         pair = (end.tenant, end.run)
@@ -157,6 +169,7 @@ _CARRY_OUT: dict[type, Callable[[Hands, Any], None]] = {
     c.Locate: Hands._locate,
     c.Keep: Hands._keep,
     c.RecordCancel: Hands._record_cancel,
+    c.RecordHealth: Hands._record_health,
     c.EndRun: Hands._end,
     c.Change: Hands._change,
 }

@@ -18,7 +18,7 @@ from flowmesh_mesh.manifest import (
     decode_record,
     record_cid,
 )
-from flowmesh_mesh.messages import Assignment, NodeRecord, decode
+from flowmesh_mesh.messages import Assignment, NodeHealth, NodeRecord, decode
 from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.state import State
@@ -68,7 +68,8 @@ async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -
         assignments.append(assignment)
         queue.found(assignment.node, assignment.id, message.seq)
     nodes = [decode(message.data, NodeRecord) async for message in bus.read_stream(subjects.NODES, "fm.nodes.*")]
-    recovered = Recovered(ledger.results, live, ended, assignments)
+    health = [decode(message.data, NodeHealth) async for message in bus.read_stream(subjects.HEALTH, "fm.health.*")]
+    recovered = Recovered(ledger.results, live, ended, assignments, health)
     return Found(recovered, [n for n in nodes if n.state != "left"])
 
 

@@ -24,20 +24,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": (f"{_CLI}.meshes:status", "Show leader, nodes, queues and runs."),
     "nodes": (f"{_CLI}.meshes:nodes", "Show nodes with devices, load and models held."),
     "show": (f"{_CLI}.runs:show", "Show one run with its operators and outputs."),
+    "costs": (f"{_CLI}.costs:costs", "Show what running costs, as learned: predicted against measured."),
     "watch": (f"{_CLI}.runs:watch", "Follow a run to its end."),
     "logs": (f"{_CLI}.runs:logs", "Print what operators printed."),
     "get": (f"{_CLI}.contents:get", "Write results, or any content by CID, into a folder."),
     "lineage": (f"{_CLI}.contents:lineage", "Show what led to a result: operators, inputs, models."),
     "cancel": (f"{_CLI}.runs:cancel", "End a run."),
-    "scheduler": ("", "Run a scheduler (leader or standby)."),
-    "version": (f"{_CLI}.meshes:version", "Show versions."),
-}
     "cordon": (f"{_CLI}.cordons:cordon", "Give a node no new work."),
     "uncordon": (f"{_CLI}.cordons:uncordon", "Give a node work again."),
     "unquarantine": (f"{_CLI}.cordons:unquarantine", "Let an operator be tried again that took nodes with it."),
     "replay": ("", "Run a recorded event log through the scheduler's core."),
 """Name -> (module:function, one line of help). Empty: the command of another component, found by its entry point."""
 
+    "scheduler": ("", "Run a scheduler (leader or standby)."),
+    "version": (f"{_CLI}.meshes:version", "Show versions."),
+}
 
 class LazyGroup(TyperGroup):
     """Knows the names and one line of help of every command, and loads the rest of the one that is run."""

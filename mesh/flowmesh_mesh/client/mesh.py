@@ -17,6 +17,7 @@ from flowmesh_mesh.client import blocks, submission
 from flowmesh_mesh.client.questions import ask
 from flowmesh_mesh.client.run import Run, Unsubscribes
 from flowmesh_mesh.client.scratch import scratch
+from flowmesh_mesh.messages import INLINE_MAX_BYTES
 from flowmesh_mesh.names import check_name
 from flowmesh_mesh.results import plain_ref
 
@@ -31,6 +32,8 @@ OWN_SUBSCRIPTIONS_MAX = 8
 
 SUBMIT_DEADLINE_S = 60.0
 RUNS_LISTED = 1000
+PLAN_DEADLINE_S = 60.0
+"""How long a plan may take: the leader works on large ones between other things."""
 
 
 class _Listener:
@@ -182,6 +185,43 @@ class Mesh:
     async def nodes(self) -> list[dict[str, Any]]:
         """Return the nodes with devices, load and resident models."""
         return cast("list[dict[str, Any]]", await ask(self.bus, "nodes"))
+
+    async def cordon(self, node: str, reason: str = "") -> dict[str, Any]:
+        """Let a node get no new work; what runs on it goes on. Not every tenant may."""
+        return cast("dict[str, Any]", await ask(self.bus, "cordon", {"node": node, "reason": reason}))
+
+    async def uncordon(self, node: str) -> dict[str, Any]:
+        """Let a node get work again."""
+        return cast("dict[str, Any]", await ask(self.bus, "uncordon", {"node": node}))
+
+    async def unquarantine(self, key: str) -> dict[str, Any]:
+        """Let an operator (its key in hex) be tried again although it took nodes with it."""
+        return cast("dict[str, Any]", await ask(self.bus, "unquarantine", {"key": key}))
+
+    async def costs(self) -> dict[str, Any]:
+        """Return what was learned about costs, predicted against measured (docs/protocol.md, question ``costs``)."""
+        return cast("dict[str, Any]", await ask(self.bus, "costs"))
+
+    async def why(self, run: str = "", operator: str = "", *, key: str = "") -> dict[str, Any]:
+        """Return why an operator runs, ran or waits as it does; by run and name, or by the beginning of its key."""
+        if key:
+            return cast("dict[str, Any]", await ask(self.bus, "why", {"key": key}))
+        return cast("dict[str, Any]", await ask(self.bus, "why", {"run": await self._full_id(run), "operator": operator}))
+
+    async def plan(self, workflow: Any, *, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return what a workflow would share, and take in seconds and dollars, if it were submitted now."""
+        with scratch() as store:
+            return await self.plan_prepared(await asyncio.to_thread(submission.prepare, workflow, params, store))
+
+    async def plan_prepared(self, prepared: submission.Prepared) -> dict[str, Any]:
+        """Plan what :func:`flowmesh_mesh.client.submission.prepare` made; only its manifest is sent."""
+        cid = prepared.compiled.cid
+        block = prepared.store.get(cid)
+        is_inline = len(block) <= INLINE_MAX_BYTES
+        if not is_inline:
+            await blocks.put_blocks(self.bus, prepared.store, [cid])
+        args = {"manifest": cid, "blocks": [block] if is_inline else []}
+        return cast("dict[str, Any]", await ask(self.bus, "plan", args, deadline_s=PLAN_DEADLINE_S, timeout_s=PLAN_DEADLINE_S))
 
     async def lineage(self, subject: str) -> dict[str, Any]:
         """Return the lineage of a run (id or prefix) or of a content (CID text): records, inputs, models."""
