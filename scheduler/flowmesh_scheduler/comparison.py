@@ -1,8 +1,8 @@
 """How changed settings would have chosen in a recorded log.
 
 What nodes reported belongs to the assignments that were made, so events cannot be applied to a core that chose otherwise. Each
-round of placement is therefore made twice from the same state: by the recorded settings, which go on, and by the changed ones
-in a forked process, whose choices are compared and forgotten. Differences do not add up over rounds.
+round of placement is therefore made twice more from the same state, in forked processes: by the recorded settings and by the
+changed ones. Their choices are compared and forgotten; what was recorded goes on. Differences do not add up over rounds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 
 from flowmesh_cas.errors import InternalError, UsageError
 from flowmesh_mesh.messages import Assignment
+from flowmesh_scheduler.core.fleet import refresh
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.placement import place
 from flowmesh_scheduler.core.settings import Settings
@@ -80,27 +81,25 @@ class Choice(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(slots=True)
 class Side:
-    """What one side of a comparison chose, over all rounds compared."""
+    """What one side predicts for the operators that both place in one round: seconds of nodes, and dollars."""
 
-    assignments: int = 0
     operators: int = 0
     node_s: float = 0.0
     usd: float = 0.0
 
-    def note(self, choices: Iterable[Choice]) -> None:
-        for choice in choices:
-            self.assignments += 1
-            self.operators += len(choice.keys)
-            self.node_s += choice.seconds
-            self.usd += choice.usd
+    def note(self, choice: Choice) -> None:
+        """Add one operator's part of a choice."""
+        self.operators += 1
+        self.node_s += choice.seconds / len(choice.keys)
+        self.usd += choice.usd / len(choice.keys)
 
 
 @dataclass(slots=True)
 class Comparison:
     """A placer that lets changed settings choose beside the recorded ones, and counts where they differ.
 
-    Per operator, in rounds in which either side placed it: on the same node by both, on another, by one side only.
-    ``other_batch`` counts operators that both gave to the same node in another batch.
+    What the recorded settings place, the changed ones place on the same node (``same``, or in another batch: ``other_batch``),
+    ``elsewhere``, or not now (``only_recorded``). ``earlier`` are operators that only the changed ones would begin already.
     """
 
     settings: Settings
@@ -109,7 +108,7 @@ class Comparison:
     same: int = 0
     elsewhere: int = 0
     only_recorded: int = 0
-    only_changed: int = 0
+    earlier: set[bytes] = field(default_factory=set)
     other_batch: int = 0
     before: Side = field(default_factory=Side)
     after: Side = field(default_factory=Side)
@@ -119,8 +118,9 @@ class Comparison:
         if state.is_cut_off or not state.pool:
             place(state, now_us, out)
             return
+        own = _in_fork(lambda: _choose_by(state, state.settings, now_us, out))
         other = _in_fork(lambda: _choose_by(state, self.settings, now_us, out))
-        own = _choose(state, now_us, out)
+        place(state, now_us, out)
         if own or other:
             self._compare(own, other, now_us)
 
@@ -134,32 +134,36 @@ class Comparison:
             "elsewhere": self.elsewhere,
             "other_batch": self.other_batch,
             "only_recorded": self.only_recorded,
-            "only_changed": self.only_changed,
+            "earlier": len(self.earlier),
             "before": asdict(self.before),
             "after": asdict(self.after),
             "examples": self.examples,
         }
 
+    @property
+    def _differing(self) -> int:
+        return self.elsewhere + self.only_recorded + self.other_batch + len(self.earlier)
+
     def _compare(self, own: list[Choice], other: list[Choice], now_us: int) -> None:
         self.rounds += 1
-        self.before.note(own)
-        self.after.note(other)
         ours = {key: choice for choice in own for key in choice.keys}
         theirs = {key: choice for choice in other for key in choice.keys}
-        differing = self.elsewhere + self.only_recorded + self.only_changed + self.other_batch
-        for key in dict.fromkeys([*ours, *theirs]):
-            mine, yours = ours.get(key), theirs.get(key)
+        before = self._differing
+        self.earlier.update(key for key in theirs if key not in ours)
+        for key, mine in ours.items():
+            yours = theirs.get(key)
             if yours is None:
                 self.only_recorded += 1
-            elif mine is None:
-                self.only_changed += 1
-            elif mine.node != yours.node:
+                continue
+            self.before.note(mine)
+            self.after.note(yours)
+            if mine.node != yours.node:
                 self.elsewhere += 1
             elif mine.keys != yours.keys:
                 self.other_batch += 1
             else:
                 self.same += 1
-        if self.elsewhere + self.only_recorded + self.only_changed + self.other_batch > differing:
+        if self._differing > before:
             self.rounds_changed += 1
             if len(self.examples) < EXAMPLES_MAX:
                 self.examples.append({"at_us": now_us, "recorded": _plain(own), "changed": _plain(other)})
@@ -180,14 +184,28 @@ def _choose(state: State, now_us: int, out: Outbox) -> list[Choice]:
 
 
 def _choose_by(state: State, settings: Settings, now_us: int, out: Outbox) -> list[Choice]:
-    """Let a round of placement happen under other settings: what was derived from the former ones is derived anew."""
+    """Let a round of placement happen under these settings: what was derived from settings before is derived anew.
+
+    It looks at the markets that the recorded settings look at, and where a node comes to be idle by the change. What was kept
+    back stays so until it is looked at again.
+    """
+    refresh(state)
+    fleet = state.fleet
+    due, idle = set(fleet.changed), _idle(state)
     state.settings = settings
+    for klass in fleet.classes.values():
+        for ranking in klass.ranking.values():
+            ranking.heaps.clear()
     for queue in state.pool.values():
-        queue.bases.clear()
-        queue.able.clear()
-        state.unsettled.add(queue.market)
-    state.fleet.stale.update(dict.fromkeys(state.nodes.values()))
+        fleet.note_change(queue)
+    fleet.stale.update(dict.fromkeys(state.nodes.values()))
+    refresh(state)
+    fleet.changed = due | {market for market, _ in _idle(state) - idle}
     return _choose(state, now_us, out)
+
+
+def _idle(state: State) -> set[tuple[str, str]]:
+    return {(market, name) for c in state.fleet.classes.values() for market, nodes in c.idle.items() for name in nodes}
 
 
 def _choice(state: State, assignment: Assignment) -> Choice:

@@ -33,7 +33,7 @@ def replay(
     With --weight each round of placement is made a second time, from the same state, by the changed settings, and the choices are
     compared. The recorded choices go on, because the events that follow belong to them: differences do not add up, and only the
     placement is repeated, so settings of leases, retries and fairness change nothing here. Dollars and seconds are predictions,
-    each side's by its own settings, and count only what that side placed in the rounds compared.
+    each side's by its own settings, for the operators that both place in the same round.
     """
     from flowmesh_scheduler.comparison import Comparison, changed
     from flowmesh_scheduler.core.placement import place
@@ -94,16 +94,16 @@ def _print_comparison(found: dict[str, Any]) -> None:
         ("on another node", found["elsewhere"]),
         ("same node, another batch", found["other_batch"]),
         ("held back by the changed settings", found["only_recorded"]),
-        ("placed by the changed settings only", found["only_changed"]),
+        ("begun earlier by the changed settings", found["earlier"]),
     )
     for name, count in counts:
         print(f"  {count:>8} operators {name}")
     before, after = found["before"], found["after"]
-    print_table(("PREDICTED", ">ASSIGNMENTS", ">OPERATORS", ">NODE SECONDS", ">DOLLARS"), _sides(before, after))
+    print_table(("PREDICTED", ">OPERATORS", ">NODE SECONDS", ">DOLLARS"), _sides(before, after))
 
 
 def _sides(before: dict[str, Any], after: dict[str, Any]) -> Sequence[tuple[Any, ...]]:
     return [
-        (name, side["assignments"], side["operators"], f"{side['node_s']:.3f}", f"{side['usd']:.6f}")
+        (name, side["operators"], f"{side['node_s']:.3f}", f"{side['usd']:.6f}")
         for name, side in (("recorded", before), ("changed", after))
     ]

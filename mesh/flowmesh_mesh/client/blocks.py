@@ -61,6 +61,14 @@ async def _send(bus: Bus, store: BlockStore, cids: Sequence[bytes]) -> None:
             group.create_task(drain())
 
 
+async def put_blocks(bus: Bus, store: BlockStore, cids: Sequence[bytes]) -> None:
+    """Give the mesh single blocks, without what hangs under them: for questions about them."""
+    try:
+        await _send(bus, store, cids)
+    except* (UsageError, TransientError, IntegrityError) as group:
+        raise group.exceptions[0] from None
+
+
 async def put(bus: Bus, store: BlockStore, root: bytes) -> None:
     """Give the mesh what is here of the DAG under ``root``, sending only the blocks it lacks; once whole, it is pinned.
 

@@ -50,7 +50,15 @@ def error_of(answer: Answer) -> FlowmeshError:
     return _CLASSES.get(answer.kind, UsageError)(answer.error, hint=answer.hint)
 
 
-async def exchange(bus: Bus, subject: str, message: msgspec.Struct, reply: type[M], *, deadline_s: float = DEADLINE_S) -> M:
+async def exchange(
+    bus: Bus,
+    subject: str,
+    message: msgspec.Struct,
+    reply: type[M],
+    *,
+    deadline_s: float = DEADLINE_S,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+) -> M:
     """Send a request until it is answered; raise TransientError when nobody has answered by the deadline.
 
     The message must be safe to repeat: an answer may be lost after the leader has acted.
@@ -62,7 +70,7 @@ async def exchange(bus: Bus, subject: str, message: msgspec.Struct, reply: type[
     while True:
         left = end - loop.time()
         try:
-            data = await bus.request(subject, payload, timeout_s=max(0.05, min(ANSWER_TIMEOUT_S, left)))
+            data = await bus.request(subject, payload, timeout_s=max(0.05, min(timeout_s, left)))
             return decode(bytes(data), reply)
         except TransientError as error:
             if loop.time() + pause >= end:
@@ -74,9 +82,16 @@ async def exchange(bus: Bus, subject: str, message: msgspec.Struct, reply: type[
         pause = min(2 * pause, _BACKOFF_MAX_S)
 
 
-async def ask(bus: Bus, what: str, args: dict[str, Any] | None = None, *, deadline_s: float = DEADLINE_S) -> Any:
+async def ask(
+    bus: Bus,
+    what: str,
+    args: dict[str, Any] | None = None,
+    *,
+    deadline_s: float = DEADLINE_S,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+) -> Any:
     """Return the body of the leader's answer; raise the error that it names."""
-    answer = await exchange(bus, subjects.TENANT_ASK, Ask(what, args or {}), Answer, deadline_s=deadline_s)
+    answer = await exchange(bus, subjects.TENANT_ASK, Ask(what, args or {}), Answer, deadline_s=deadline_s, timeout_s=timeout_s)
     if answer.error:
         raise error_of(answer)
     return answer.body

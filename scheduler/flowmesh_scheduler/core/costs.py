@@ -129,7 +129,7 @@ class Costs:
         return line
 
     def beside(self, model_bytes: Mapping[str, int]) -> Costs:
-        """Return costs that know these models too and share all that was learned: questions must not change what choices rest on."""
+        """Return costs that know these models too and share what was learned: questions must not change what choices rest on."""
         other = copy(self)
         other._lines, other._model_bytes = dict(self._lines), dict(self._model_bytes)
         other._guesses = {name: dict(places) for name, places in self._guesses.items()}
