@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench docs clean
+.PHONY: help setup demo test lint types bench sim docs clean
 
 python := .venv/bin/python
 # Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
@@ -33,6 +33,9 @@ types: setup ## Types (mypy, strict)
 bench: setup ## Benchmarks beside the raw broker loop and Ray; lines in out/bench.jsonl, a table at the end
 	@$(python) -c 'import ray' 2>/dev/null || $(python) -m pip --quiet --quiet --disable-pip-version-check install -r bench/requirements.txt
 	@$(python) -m bench $(args)
+
+sim: setup ## The production scheduler against others in a simulator; lines in out/sim.jsonl, plots, a table at the end
+	@$(python) -m flowmesh_scheduler.sim --full --seeds 20 --out out $(args)
 
 docs: setup ## Write anew the pages of docs/ that are made from the code
 	@$(python) -m flowmesh_mesh.schema && $(python) -m flowmesh_mesh.reference
