@@ -20,14 +20,15 @@ from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.core.step import step
+from flowmesh_scheduler.costs_store import CostsStore
 from flowmesh_scheduler.feeds import Feeds
 from flowmesh_scheduler.guarded import GuardedStream
 from flowmesh_scheduler.hands import Hands
 from flowmesh_scheduler.hub import Hub
 from flowmesh_scheduler.intake import Resolver
 from flowmesh_scheduler.lease import RENEW_S, SchedulerLease
-from flowmesh_scheduler.reports import Reports
 from flowmesh_scheduler.recording import Recording
+from flowmesh_scheduler.reports import Reports
 from flowmesh_scheduler.requests import Requests
 from flowmesh_scheduler.takeover import read_state
 
@@ -74,16 +75,17 @@ class Leader:
         self._carry_out = Hands(self).carry_out
         self.tenant_roots: dict[str, set[bytes]] = {}
         self.inline: dict[tuple[str, str], list[bytes]] = {}
+        self.costs = CostsStore(bus, self.state.costs)
         self.reports = Reports(self)
         self.requests = Requests(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listening: list[Subscription | Pull] = []
         self.is_ready = False
         self._early: list[e.Event] = []
-
-    # --- life
         self._record = record
         self.recording: Recording | None = None
+
+    # --- life
 
     async def run(self) -> str:
         """Lead until it is lost; return why."""
@@ -92,6 +94,7 @@ class Leader:
             self.spawn(self._tick())
             self.spawn(self._renew())
             self.spawn(self._sweep())
+            self.spawn(self.costs.run())
             return await self.lost
         finally:
             await self._close()
@@ -105,11 +108,11 @@ class Leader:
         self.feeds = Feeds(self.bus.post, now_us, first=epoch)
         self._listening += await self.reports.listen()
         found = await read_state(self.bus, self.hub, self.state, self.queue)
+        await self.costs.read()
+        self._begin_recording()
         self.is_ready = True
         for record in found.nodes:
             await self.reports.join(record)
-        await self.costs.read()
-        self._begin_recording()
         self.apply(found.recovered)
         if self.lost.done():
             return
@@ -122,9 +125,6 @@ class Leader:
         await self._listen_to_tenants()
         await self.bus.flush()
         log.info("leading with epoch %d: %d runs, %d results", epoch, len(self.state.runs), len(self.state.results))
-
-    async def _listen_to_tenants(self) -> None:
-        from flowmesh_mesh.transfer import serve_blocks
 
     def _begin_recording(self) -> None:
         """Begin the event log of this epoch, if one is wanted; without it the leader leads all the same."""
@@ -145,6 +145,9 @@ class Leader:
         if self.recording is not None:
             self.recording.note_held(found)
 
+    async def _listen_to_tenants(self) -> None:
+        from flowmesh_mesh.transfer import serve_blocks
+
         self._listening.append(await self.bus.subscribe(subjects.LEADER_ALIVE, lambda d: d.post_respond(self.name.encode())))
         self._listening.append(await serve_blocks(self.bus, self.hub.store, subjects.HUB, now_us=now_us))
         await self.reports.catch_up()
@@ -160,13 +163,14 @@ class Leader:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(self.ledger.close(), self.assign.close())
+        await self.costs.close()
         await self.hub.store.drain()
+        if self.recording is not None:
+            await self.recording.close(self.lost.result() if self.lost.done() else "the take-over was interrupted")
 
     def stop(self, why: str) -> None:
         """End this leadership."""
         if not self.lost.done():
-        if self.recording is not None:
-            await self.recording.close(self.lost.result() if self.lost.done() else "the take-over was interrupted")
             self.lost.set_result(why)
 
     def _fenced(self, error: Exception) -> None:
@@ -231,6 +235,7 @@ class Leader:
         if not self.is_ready:
             self._early.append(event)
             return
+        at_us, commands = now_us(), list[c.Command]()
         try:
             try:
                 commands = step(self.state, event, at_us)
@@ -239,7 +244,6 @@ class Leader:
                     self.recording.note(at_us, event, commands)
             is_urgent = True
             for command in commands:
-        at_us, commands = now_us(), list[c.Command]()
                 if is_urgent and not isinstance(command, c.CommitResults | c.Assign):
                     is_urgent = False
                     self._send()

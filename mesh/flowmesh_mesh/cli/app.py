@@ -24,10 +24,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ls": (f"{_CLI}.runs:ls", "List runs, newest first."),
     "status": (f"{_CLI}.meshes:status", "Show leader, nodes, queues and runs."),
     "nodes": (f"{_CLI}.meshes:nodes", "Show nodes with devices, load and models held."),
-    "show": (f"{_CLI}.runs:show", "Show one run with its operators and outputs."),
+    "costs": (f"{_CLI}.costs:costs", "Show what running costs, as learned: predicted against measured."),
     "show": (f"{_CLI}.runs:show", "Show one run with its operators and outputs."),
     "why": (f"{_CLI}.why:why", "Tell why an operator runs where it does, or why it waits."),
-    "costs": (f"{_CLI}.costs:costs", "Show what running costs, as learned: predicted against measured."),
     "watch": (f"{_CLI}.runs:watch", "Follow a run to its end."),
     "logs": (f"{_CLI}.runs:logs", "Print what operators printed."),
     "get": (f"{_CLI}.contents:get", "Write results, or any content by CID, into a folder."),
@@ -42,6 +41,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scheduler": ("", "Run a scheduler (leader or standby)."),
     "version": (f"{_CLI}.meshes:version", "Show versions."),
 }
+"""Name -> (module:function, one line of help). Empty: the command of another component, found by its entry point."""
+
 
 class LazyGroup(TyperGroup):
     """Knows the names and one line of help of every command, and loads the rest of the one that is run."""
