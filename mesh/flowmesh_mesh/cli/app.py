@@ -36,8 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "uncordon": (f"{_CLI}.cordons:uncordon", "Give a node work again."),
     "unquarantine": (f"{_CLI}.cordons:unquarantine", "Let an operator be tried again that took nodes with it."),
     "replay": ("", "Run a recorded event log through the scheduler's core."),
-"""Name -> (module:function, one line of help). Empty: the command of another component, found by its entry point."""
-
+    "sim": ("", "Compare scheduling policies in a simulator, over made-up fleets and workloads."),
     "scheduler": ("", "Run a scheduler (leader or standby)."),
     "version": (f"{_CLI}.meshes:version", "Show versions."),
 }
