@@ -30,7 +30,8 @@ def assign(
     head = works[0]
     state.next_assignment += 1
     identity = f"{state.epoch:x}-{state.next_assignment:x}"
-    items = tuple(_item(state, work, identity, node.name, predicted_s / len(works), now_us, out) for work in works)
+    factor = fairness.factor_of(works, predicted_s)
+    items = tuple(_item(state, work, identity, node.name, factor, now_us, out) for work in works)
     code = head.operator.code
     assignment = Assignment(
         epoch=state.epoch,
@@ -73,22 +74,22 @@ def assign(
     return identity
 
 
-def _begin(state: State, work: Work, assignment: str, node: str, seconds: float, now_us: int, out: Outbox) -> None:
+def _begin(state: State, work: Work, assignment: str, node: str, factor: float, now_us: int, out: Outbox) -> None:
     work.state = WorkState.ASSIGNED
     work.assignment = assignment
-    fairness.begin(state, work, seconds)
+    fairness.begin(state, work, factor)
     for vertex in work.waiters:
         vertex.node, vertex.attempt, vertex.started_at_us = node, work.attempts, now_us
         out.set_state(vertex, VertexState.ASSIGNED)
 
 
-def _item(state: State, work: Work, assignment: str, node: str, seconds: float, now_us: int, out: Outbox) -> Item:
+def _item(state: State, work: Work, assignment: str, node: str, factor: float, now_us: int, out: Outbox) -> Item:
     work.attempts += 1
     work.issue(assignment, work.attempts, node)
     if work.state is WorkState.ASSIGNED:
         work.copy = assignment
     else:
-        _begin(state, work, assignment, node, seconds, now_us, out)
+        _begin(state, work, assignment, node, factor, now_us, out)
     holders = state.holders
     return Item(
         work.key,

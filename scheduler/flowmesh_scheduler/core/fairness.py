@@ -15,7 +15,7 @@ it seems stays fair (two-level fair queueing as in UWFQ; the variable rate as in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
 from typing import TYPE_CHECKING
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _UNLIMITED = TenantSettings()
 _OUTSIDE = -1.0
+
+_WRONG = 10.0
+"""What was charged when work entered stands unless it is wrong by this factor when it begins: learning goes on in between."""
 
 
 @dataclass(slots=True, eq=False)
@@ -230,6 +233,10 @@ class Shares:
         waiting_s = (account.waiting_us - taken_us) / (1e6 * account.limits.weight)
         return account.finish - max(waiting_s, self.burst_s)
 
+    def due(self, tenant: str, head_us: int, taken_us: int = 0) -> float:
+        """Return the virtual time by which the work that a tenant would be given next ends: the smallest goes first."""
+        return self.tag(tenant, taken_us) + head_us / (1e6 * self.account(tenant).limits.weight)
+
     def lag_s(self, tenant: str) -> float:
         """Return by how many node-seconds a tenant is behind its fair share; negative: it had more than that."""
         account = self.account(tenant)
@@ -265,11 +272,19 @@ def enter(state: State, work: Work, seconds: float) -> None:
     _move(shares, work, "waiting")
 
 
-def begin(state: State, work: Work, seconds: float = 0.0) -> None:
-    """Note that work was given to a node; ``seconds``: what it is thought to take of its time by now, if that is known."""
+def begin(state: State, work: Work, factor: float = 1.0) -> None:
+    """Note that work was given to a node, and is thought by now to take ``factor`` times what it was charged."""
     _move(state.shares, work, "running")
-    if seconds > 0.0 and work.charged_us:
-        _recharge(state.shares, work, work.payers, micros(seconds))
+    if factor != 1.0 and work.charged_us:
+        _recharge(state.shares, work, work.payers, int(work.charged_us * factor))
+
+
+def factor_of(works: Sequence[Work], predicted_s: float) -> float:
+    """Return by how much the charges of a batch are wrong, now that it begins; 1 where they have the right size."""
+    charged_s = sum(work.charged_us for work in works) / 1e6
+    if not charged_s or not predicted_s or 1 / _WRONG < predicted_s / charged_s < _WRONG:
+        return 1.0
+    return predicted_s / charged_s
 
 
 def leave(state: State, work: Work) -> None:

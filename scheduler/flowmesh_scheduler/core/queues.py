@@ -82,7 +82,7 @@ class Queue:
                 continue
             work = self._first_of(tenant, known)
             if work is not None:
-                place = (self.shares.tag(tenant), work.order)
+                place = (self.shares.due(tenant, work.charged_us), work.order)
                 if best is None or place < least:
                     best, least = work, place
         self.head = best
@@ -123,7 +123,7 @@ class Queue:
         taken: list[Work] = []
         taken_us: dict[str, int] = {}
         heads = [
-            (self.shares.tag(tenant), work.order, tenant)
+            (self.shares.due(tenant, work.charged_us), work.order, tenant)
             for tenant in list(self.heaps)
             if (may_start is None or may_start(tenant)) and (work := self._first_of(tenant, known))
         ]
@@ -142,7 +142,8 @@ class Queue:
                 heappop(heads)
             else:
                 taken_us[tenant] = taken_us.get(tenant, 0) + work.charged_us
-                heapreplace(heads, (self.shares.tag(tenant, taken_us[tenant]), following.order, tenant))
+                due = self.shares.due(tenant, following.charged_us, taken_us[tenant])
+                heapreplace(heads, (due, following.order, tenant))
         self.version += 1
         self.head = None
         return taken
