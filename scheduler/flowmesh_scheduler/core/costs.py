@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import islice
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 from flowmesh_scheduler.core.devices import Figures
 from flowmesh_scheduler.core.fit import Coefficients, Fit, Line, relative_error
+from flowmesh_scheduler.core.peers import Factor, Peers, factor_of
 from flowmesh_scheduler.core.sizes import (
     MODEL_BYTES,
     CostClass,
@@ -30,9 +31,9 @@ __all__ = ["CostClass", "Costs", "Line", "Size", "cost_class", "size_of"]
 LINES_MAX = 1024
 """Lines kept; the one that has not been used for the longest goes."""
 
-_SMALL_MAX = 4096
 _CHANGE = 0.05
 _PEERS = 32
+_USUAL_SPREAD = 0.15
 _SETTLED_SAMPLES = 5
 _ROUND_TRIP_S = 0.002
 _FETCH_MIN_BYTES = 100_000
@@ -42,28 +43,6 @@ _RECENT_ERRORS = 20
 _UNKNOWN_DEVICE = Figures("unknown", 120e9, 20e9, 0, 100.0, 60.0)
 
 Place = tuple[CostClass, str]
-
-
-class _Factor:
-    """A positive number, learned as the mean of its logarithm; a measurement that is far off moves it a bounded way."""
-
-    __slots__ = ("log", "samples")
-
-    def __init__(self, log: float = 0.0, samples: int = 0) -> None:
-        self.log = log
-        self.samples = samples
-
-    @property
-    def value(self) -> float:
-        return math.exp(self.log)
-
-    def note(self, value: float, begins_at: int = 0, gain: float = 0.1, far: float = 0.7) -> None:
-        """Learn from a measurement; ``begins_at`` counts as many measurements of what it is at first."""
-        error = math.log(max(value, 1e-12)) - self.log
-        if self.samples + begins_at > 0:
-            error = max(-far, min(far, error))
-        self.samples += 1
-        self.log += max(1 / (self.samples + begins_at), gain) * error
 
 
 class Costs:
@@ -81,12 +60,12 @@ class Costs:
         self._lines: dict[Place, Line] = {}
         self._published: dict[Place, Line] = {}
         self._guesses: dict[str, dict[Place, None]] = {}
-        self._loads: dict[tuple[str, str], _Factor] = {}
-        self._load_ratios: dict[str, _Factor] = {}
-        self._links: dict[str, _Factor] = {}
+        self._loads: dict[tuple[str, str], Factor] = {}
+        self._load_ratios: dict[str, Factor] = {}
+        self._links: dict[str, Factor] = {}
         self._link_priors: dict[str, float] = {}
-        self._ratios: dict[str, _Factor] = {}
-        self._factors = {"loads": self._load_ratios, "link": self._links, "node": self._ratios}
+        self._peers = Peers()
+        self._factors = {"loads": self._load_ratios, "link": self._links}
         self._changed: dict[tuple[str, ...], None] = {}
 
     # --- what is known beforehand
@@ -110,7 +89,7 @@ class Costs:
 
     def forget_node(self, node: str) -> None:
         """Forget how a node compares with its class: it is not what it was."""
-        if self._ratios.pop(node, None) is not None:
+        if self._peers.factors.pop(node, None) is not None:
             self.version += 1
 
     def figures(self, device: str) -> Figures:
@@ -175,9 +154,8 @@ class Costs:
         return memory_of(kind, size, self._model_bytes.get(kind[1], MODEL_BYTES))
 
     def node_ratio(self, node: str) -> float:
-        """Return how many times longer a node takes than its class; 1 while that is unknown."""
-        ratio = self._ratios.get(node)
-        return ratio.value if ratio else 1.0
+        """Return how many times longer a node takes than the middle one of its class; 1 while that is unknown."""
+        return self._peers.ratio(node)
 
     # --- learning
 
@@ -199,7 +177,7 @@ class Costs:
         if load_s > 0 and kind[1]:
             self._note_load(kind[1], device, load_s)
         if fetched_bytes >= _FETCH_MIN_BYTES and fetch_s > 0:
-            link = _factor(self._links, node)
+            link = factor_of(self._links, node)
             link.note(fetched_bytes / max(fetch_s - _ROUND_TRIP_S, fetch_s / 2))
             self._changed["link", node] = None
 
@@ -208,8 +186,9 @@ class Costs:
         self._keep(place, fit)
         expected_s = fit.line.seconds(max_steps, sum_units)
         if fit.samples >= _SETTLED_SAMPLES and expected_s > 1e-4:
-            _factor(self._ratios, node).note(max(exec_s, 1e-6) / expected_s, begins_at=2, gain=0.05)
-            self._changed["node", node] = None
+            ratio = max(exec_s, 1e-6) / expected_s
+            self._peers.note(node, place[1], ratio, weight=min(1.0, _USUAL_SPREAD / fit.spread))
+            self._changed["node", node, place[1]] = None
         fit.note(max_steps, sum_units, exec_s, predicted_s or expected_s)
         self._lines[place] = fit.line
         self._changed["line", *place[0], place[1]] = None
@@ -220,9 +199,9 @@ class Costs:
 
     def _note_load(self, model: str, device: str, load_s: float) -> None:
         before_s = self.load_s(model, device)
-        load = _factor(self._loads, (model, device))
+        load = factor_of(self._loads, (model, device))
         load.note(load_s)
-        _factor(self._load_ratios, device).note(load_s / self._load_prior_s(model))
+        factor_of(self._load_ratios, device).note(load_s / self._load_prior_s(model))
         self._changed["load", model, device] = None
         self._changed["loads", device] = None
         if abs(load.value - before_s) > _CHANGE * before_s:
@@ -294,7 +273,7 @@ class Costs:
         """Return what is known of single nodes: how they compare with their class, how fast their links are."""
         return [
             {"node": node, "ratio": self.node_ratio(node), "bandwidth_bytes_per_s": self.bandwidth(node)}
-            for node in sorted({*self._ratios, *self._links})
+            for node in sorted({*self._peers.factors, *self._links})
         ]
 
     # --- keeping
@@ -311,6 +290,7 @@ class Costs:
     def _names(self) -> list[tuple[str, ...]]:
         names: list[tuple[str, ...]] = [("line", *kind, device) for kind, device in self._fits]
         names += [("load", *pair) for pair in self._loads]
+        names += [("node", *pair) for pair in self._peers.device_of.items()]
         for word, held in self._factors.items():
             names += [(word, name) for name in held]
         return names
@@ -320,7 +300,10 @@ class Costs:
         if name[0] == "line":
             fit = self._fits.get(((name[1], name[2]), name[3]))
             return None if fit is None else [*name, fit.dump()]
-        factor = self._loads.get((name[1], name[2])) if name[0] == "load" else self._factors[name[0]].get(name[1])
+        if name[0] == "load":
+            factor = self._loads.get((name[1], name[2]))
+        else:
+            factor = self._peers.factors.get(name[1]) if name[0] == "node" else self._factors[name[0]].get(name[1])
         return None if factor is None else [*name, factor.log, factor.samples]
 
     def restore(self, entries: Sequence[Sequence[Any]]) -> int:
@@ -345,24 +328,13 @@ class Costs:
         log, samples = float(entry[-2]), int(entry[-1])
         if not math.isfinite(log):
             raise ValueError("not finite")
-        factor = _Factor(log, samples)
+        factor = Factor(log, samples)
         if entry[0] == "load":
             self._loads[str(entry[1]), str(entry[2])] = factor
+        elif entry[0] == "node":
+            self._peers.place(str(entry[1]), str(entry[2]), factor)
         else:
             self._factors[entry[0]][str(entry[1])] = factor
-
-
-K = TypeVar("K")
-
-
-def _factor(held: dict[K, _Factor], key: K) -> _Factor:
-    """Return the factor under ``key``, a new one if there is none; of too many the oldest goes."""
-    factor = held.get(key)
-    if factor is None:
-        factor = held[key] = _Factor()
-        if len(held) > _SMALL_MAX:
-            del held[next(iter(held))]
-    return factor
 
 
 def _times(base: Coefficients, ratios: Coefficients) -> Coefficients:

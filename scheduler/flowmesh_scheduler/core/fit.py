@@ -13,7 +13,7 @@ import math
 from collections import deque
 from typing import Any, NamedTuple
 
-_FADING = 0.99
+_FADING = 0.98
 _HUBER = 1.5
 _SPREAD_AT_FIRST = 0.5
 _SPREAD_MIN = 0.02
@@ -23,7 +23,6 @@ _ERRORS = 200
 _EARLY_SAMPLES = 6
 _EARLY_SPREAD = 0.1
 _WARM_SAMPLES = 20
-_FAR = 2.0
 _FAR_IN_A_ROW = 5
 _KEPT = 0.01
 _PIVOT_MIN = 1e-12
@@ -99,14 +98,16 @@ class Fit:
     def _weight(self, deviation: float) -> float:
         """Return how much a batch counts that is so far off, relatively; learn how far off they usually are.
 
-        Several in a row that are far off on the same side are no accidents.
+        Several in a row that are far off on the same side are no accidents, and do not count as usual.
         """
         far = abs(deviation) / self.spread
-        is_above = deviation > 0
-        self._row = 0 if far < _FAR else max(self._row, 0) + 1 if is_above else min(self._row, 0) - 1
-        if abs(self._row) >= _FAR_IN_A_ROW and self._settling >= _EARLY_SAMPLES:
-            self._begin_again()
-            return 1.0
+        self._row = 0 if far < _HUBER else max(self._row, 0) + 1 if deviation > 0 else min(self._row, 0) - 1
+        if self._settling >= _EARLY_SAMPLES:
+            if abs(self._row) >= _FAR_IN_A_ROW:
+                self._begin_again()
+                return 1.0
+            if abs(self._row) > 1:
+                return _HUBER / far
         usual = 1.25 * min(abs(deviation), 3.0 * self.spread if self._settling > 1 else 1.0)
         self.spread = max(_SPREAD_MIN, self.spread + max(0.1, 1 / (self._settling + 2)) * (usual - self.spread))
         return 1.0 if far <= _HUBER else _HUBER / far

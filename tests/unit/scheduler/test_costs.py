@@ -274,6 +274,26 @@ def test_a_node_that_is_slower_than_its_class_is_known_by_its_ratio() -> None:
     assert costs.exec_s(DELAY, "fast", "n4", 0, 10) == pytest.approx(4.0, rel=0.25)
 
 
+def test_the_only_node_of_a_class_is_like_its_class() -> None:
+    costs = known()
+    for number in range(100):
+        note(costs, DELAY, (0, 1 + number % 7), 1.0 + number / 20)
+    assert costs.node_ratio("n") == 1.0
+
+
+def test_a_node_that_has_changed_its_device_is_compared_with_its_new_class() -> None:
+    costs = known()
+    for node, seconds in (("a", 1.0), ("b", 3.0), ("c", 3.0)) * 40:
+        note(costs, DELAY, (0, 1), seconds, node=node)
+    assert costs.node_ratio("a") < 0.6
+    for _ in range(40):
+        note(costs, DELAY, (0, 1), 7.0, device="slow", node="a")
+    assert costs.node_ratio("a") == 1.0
+    other = Costs()
+    assert other.restore(costs.dump()) == 0
+    assert [other.node_ratio(n) for n in "abc"] == [costs.node_ratio(n) for n in "abc"]
+
+
 # --- kept for the next leader
 
 
@@ -306,7 +326,7 @@ def test_changes_are_told_once_and_make_up_the_whole() -> None:
     assert other.restore([entry for _, entry in changes]) == 0
     assert sorted(map(str, other.dump())) == sorted(map(str, costs.dump()))
     note(costs, DELAY, (0, 5), 1.7, node="b")
-    assert [name for name, _ in costs.take_changes()] == ["node/b", "line/flow.delay//fast"]
+    assert [name for name, _ in costs.take_changes()] == ["node/b/fast", "line/flow.delay//fast"]
 
 
 def test_entries_that_cannot_be_read_are_left_out_and_counted() -> None:
@@ -317,7 +337,7 @@ def test_entries_that_cannot_be_read_are_left_out_and_counted() -> None:
         ["line"],
         ["line", "a", "b", "c", [1, 2]],
         ["new", "x", 1.0, 2],
-        ["node", "n", float("nan"), 3],
+        ["link", "n", float("nan"), 3],
         ["node", "n", "x", 1],
     ]
     other = Costs()
