@@ -1,9 +1,9 @@
 """One round: batches and nodes chosen together, the best first, until nothing is left that is worth placing.
 
 Each market (kinds of executor that compete for the same slots) is cleared by itself. Every class of equal nodes ranks the queues
-by what a second of such a node earns with their first batch; a rank is looked at again only when its queue has changed. Of the best
-few queues each candidate (batch, node) is weighed with what that very node holds; where nodes are scarce, a node's time has the
-price that the next best queue would pay.
+by what a second of such a node earns with their first batch; a rank is looked at again only when its queue has changed. Of the
+best few queues each candidate (batch, node) is weighed with what that very node holds; where nodes are scarce, a node's time has
+the price that the next best queue would pay.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from flowmesh_scheduler.core.assigning import assign
 from flowmesh_scheduler.core.classes import ORDER, NodeClass, Rank
 from flowmesh_scheduler.core.fleet import can_run, refresh
+from flowmesh_scheduler.core.health import may_take
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import executor_of
 from flowmesh_scheduler.core.pricing import Base, base_of, factors_of, held_back, lingers, rank_of, usd_per_s, wish_of
@@ -119,7 +120,10 @@ class _Round:
         while best:
             _, _, version, chosen = heappop(best)
             if version == chosen.queue.version and chosen.node.name in chosen.klass.idle[market]:
-                self._assign(chosen, out)
+                if self._is_held_back(chosen):
+                    chosen.klass.ranking[market].wait(chosen.queue, self.now_us + _LOOK_AGAIN_US)
+                else:
+                    self._assign(chosen, out)
             if chosen.klass.idle[market]:
                 self._push(best, chosen.klass)
         self._note_recheck()
@@ -158,7 +162,8 @@ class _Round:
         heaps, kept = self._entries(klass), klass.ranking[self.market].kept
         shares, scale_s = self.state.shares, self.state.settings.fair_scale_s
         is_fair = "fairness" not in self.state.settings.ablate
-        wanted = 1 if self.market != "engine" else _QUEUES_WEIGHED
+        is_scarce = self.market == "engine" and len(klass.idle[self.market]) < _QUEUES_WEIGHED
+        wanted = _QUEUES_WEIGHED if is_scarce else 1
         found: dict[Queue, Entry] = {}
         heads = []
         for tenant in list(heaps):
@@ -198,15 +203,27 @@ class _Round:
         """Return among how many places the queue could be divided: idle nodes, or for kinds that queue on a node all of them."""
         depth = self.state.settings.depth_limit.get(self.market, 1)
         if self.market == "engine" or depth == 1:
-            return sum(len(c.idle[self.market]) for c in self.classes if self._is_able(queue, c))
+            slots = 0
+            for klass in self.classes:
+                if queue.able.get(klass.number) or self._is_able(queue, klass):
+                    slots += len(klass.idle[self.market])
+            return slots
         able = [c for c in self.state.fleet.classes.values() if self._is_able(queue, c)]
         return depth * sum(len(c.nodes) * c.sample.slots for c in able)
 
     # --- weighing
 
     def _search(self, klass: NodeClass) -> Candidate | None:
-        """Return the best exact candidate on an idle node of a class, of the queues that rank first."""
-        first = self._take_first(klass)
+        """Return the best exact candidate on an idle node of a class, of the queues that rank first.
+
+        Where all of those are better kept back, what ranks next may go.
+        """
+        best: Candidate | None = None
+        while best is None and (first := self._take_first(klass)):
+            best = self._best_of(klass, first)
+        return best
+
+    def _best_of(self, klass: NodeClass, first: list[Entry]) -> Candidate | None:
         best: Candidate | None = None
         least_tag = min((self.state.shares.tag(entry[4]) for entry in first), default=0.0)
         bases = [self._base(entry[3], klass, least_tag) for entry in first]
@@ -226,8 +243,6 @@ class _Round:
             heappush(ranking.heaps.setdefault(entry[4], []), entry[:4])
             if best is None or candidate.score > best.score:
                 best = candidate
-        if best is None and first:
-            return self._search(klass)  # all that ranked first is better kept back: what ranks next may go
         return best
 
     def _base(self, queue: Queue, klass: NodeClass, least_tag: float) -> Base:
@@ -256,12 +271,17 @@ class _Round:
             self.weighed.append(candidate)
             if best is None or candidate.score > best.score:
                 best = candidate
-        if best is not None and self.market == "engine" and len(state.fleet.classes) > 1:
-            usual = [c for c in state.fleet.classes.values() if c is not klass and c.nodes and not c.idle[self.market]]
-            able = [c for c in usual if self._is_able(queue, c)]
-            if able and held_back(state, queue, head, best.factors, base.count, able, self.now_us):
-                return None
         return best
+
+    def _is_held_back(self, chosen: Candidate) -> bool:
+        """Tell whether the batch should rather wait for a better class of which all nodes are busy."""
+        if self.market != "engine" or len(self.classes) == len(self.state.fleet.classes):
+            return False
+        queue, market, head = chosen.queue, self.market, chosen.queue.head
+        busy = [c for c in self.state.fleet.classes.values() if c.nodes and not c.idle[market] and self._is_able(queue, c)]
+        if not busy or head is None:
+            return False
+        return held_back(self.state, queue, head, chosen.factors, chosen.base.count, busy, self.now_us)
 
     def _likely(self, queue: Queue, klass: NodeClass) -> list[Node]:
         """Return the idle nodes that may be the best: all of few; of many one with the model, some with inputs, any one."""
@@ -304,7 +324,7 @@ class _Round:
     def _has_other(self, head: Work) -> bool:
         """Tell whether a node that can run it is neither unfit nor avoided, be it busy."""
         return any(
-            n.is_usable and n.name not in head.unfit and n.name not in head.avoided and can_run(n.record, head)
+            n.is_usable and may_take(self.state, n, self.now_us) and n.name not in head.unfit and n.name not in head.avoided and can_run(n.record, head)
             for n in self.state.nodes.values()
         )
 
