@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,11 @@ class CausalOperator(Generic[P, R, A]):
         """Answer all rows of all items together; an item that cannot be prepared fails alone."""
         loaded = engine.load(batch.models["model"], _dtype(batch))
         works = self._works(batch, loaded, emit)
+        started = time.perf_counter()
         loaded.use_adapter(adapter_of(batch.items[0]))
+        share_us = 1e6 * (time.perf_counter() - started) / max(1, len(works))
+        for work in works.values():
+            work.exec_us += share_us
         askers = askers_of(works)
         answers: dict[R, A] = {}
 
@@ -103,10 +108,13 @@ class CausalOperator(Generic[P, R, A]):
     def _works(self, batch: Batch, loaded: engine.Loaded, emit: Emit) -> dict[int, Work[P, R]]:
         works: dict[int, Work[P, R]] = {}
         for index, item in enumerate(batch.items):
+            started = time.perf_counter()
             try:
                 works[index] = self.prepare(item, loaded)
             except ExecutionError as error:
                 emit(index, Failed(error.reason, error.message))
+                continue
+            works[index].exec_us = 1e6 * (time.perf_counter() - started)
         return works
 
 

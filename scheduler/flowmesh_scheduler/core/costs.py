@@ -176,7 +176,7 @@ class Costs:
         self._note_exec((kind, device), node, max_steps, sum_units, exec_s, predicted_s)
         if load_s > 0 and kind[1]:
             self._note_load(kind[1], device, load_s)
-        if fetched_bytes >= _FETCH_MIN_BYTES and fetch_s > 0:
+        if fetched_bytes >= _FETCH_MIN_BYTES and fetch_s >= 1e-6:
             link = factor_of(self._links, node)
             link.note(fetched_bytes / max(fetch_s - _ROUND_TRIP_S, fetch_s / 2))
             self._changed["link", node] = None

@@ -26,6 +26,7 @@ _WARM_SAMPLES = 20
 _FAR_IN_A_ROW = 5
 _KEPT = 0.01
 _PIVOT_MIN = 1e-12
+_NOTHING = 1e-60
 _SECONDS_MIN = 1e-6
 _SIZE_MIN_S = 1e-4
 _ERROR_FLOOR_S = 1e-3
@@ -151,10 +152,8 @@ class Fit:
         spread = self.spread if self._settling > _EARLY_SAMPLES else min(self.spread, _EARLY_SPREAD)
         strength = max(_STRENGTH_MIN, spread * spread) / (my * my)
         l0, l1, l2 = strength, strength * m1 * m1, strength * m2 * m2
-        if not m1:
-            l1 = 1.0
-        if not m2:
-            l2 = 1.0
+        # What never occurs stays at its prior.
+        l1, l2 = l1 if l1 > _NOTHING else 1.0, l2 if l2 > _NOTHING else 1.0
         a00, a01, a02, a11, a12, a22, b0, b1, b2 = self._sums
         a00, a11, a22 = a00 + l0, a11 + l1, a22 + l2
         b0, b1, b2 = b0 + l0 * p0, b1 + l1 * p1, b2 + l2 * p2
