@@ -41,7 +41,7 @@ def _print(found: dict[str, Any]) -> None:
     )
     saved = f"; the results there took {_seconds(found['saved_s'])}" if found["saved_s"] else ""
     print(f"to run     {found['to_run']}{saved}")
-    nodes = f"on {len(found['nodes'])} nodes, " if found["nodes"] else ""
+    nodes = f"on {len(found['nodes'])} of the nodes, " if found["nodes"] else ""
     print(f"seconds    {_seconds(found['makespan_s'])} {nodes}at least {_seconds(found['critical_path_s'])} on any number")
     print(f"dollars    {found['usd']:.6f} for {_seconds(found['node_s'])} of nodes")
     if found["queued"]:
@@ -84,7 +84,7 @@ def _notes(found: dict[str, Any]) -> list[str]:
     if any(row["node_s"] and not row["samples"] for row in found["rows"]):
         notes.append("priors are guesses from the devices' figures: right in the order of magnitude at best")
     if found["unknown_sizes"]:
-        notes.append(f"{found['unknown_sizes']} operators read what others have yet to produce: taken to be small")
+        notes.append(f"inputs that others have yet to produce are taken to be small: those of {found['unknown_sizes']} operators")
     for each in found["lacking"]:
         lacks = "; ".join(f"{name}: {', '.join(what)}" for name, what in each["nodes"].items())
         missing = f"lacking are {lacks}" if lacks else "the mesh has no nodes"

@@ -12,6 +12,7 @@ from flowmesh_mesh.cli.output import clean, moment, print_json, print_table, spa
 from flowmesh_mesh.names import check_name
 
 _FLIPS_SHOWN = 3
+_TIE = 1e-9
 _KEY_PREFIX_MIN = 6
 
 
@@ -82,7 +83,8 @@ def _print_decision(decision: dict[str, Any]) -> None:
     print_table(columns, rows)
     print()
     for other in others:
-        for each in other["flips"][:_FLIPS_SHOWN]:
+        shown = other["flips"][: _FLIPS_SHOWN if abs(other["gap_usd"]) > _TIE * abs(decision["score_usd"]) else 1]
+        for each in shown:
             print(clean(each["words"]))
         if not other["flips"]:
             print(clean(_without_flip(decision, other)))

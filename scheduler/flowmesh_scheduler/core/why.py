@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from flowmesh_scheduler.core.utility import Factors, score, terms
 
 _LARGEST = 1e30
+_TIE = 1e-6
 _HOUR_S = 3600.0
 
 
@@ -143,6 +144,8 @@ def told(each: Flip) -> float:
 def in_words(label: str, each: Flip) -> str:
     """Return a flip as a sentence: ``node-2 would win if its price fell to 0.31 $/h (is 0.5)``."""
     word = _WORDS[each.field]
+    if each.far < _TIE:
+        return f"{label} was worth as much: it would win if {word.subject} were the least bit better"
     verb = "fell" if each.needed < each.now else "rose"
     return f"{label} would win if {word.subject} {verb} to {told(each):g} {word.unit} (is {each.now * word.times:.3g})"
 
@@ -152,11 +155,11 @@ def explain(decision: Decision) -> dict[str, Any]:
     own = score(decision.factors)
     return {
         "assignment": decision.assignment,
-        **_weighed(decision),
+        **_weighed(decision, decision.count),
         "alternatives": [
             {
                 "label": other.label,
-                **_weighed(other),
+                **_weighed(other, decision.count if _is_same_batch(decision, other) else other.count),
                 "gap_usd": own - score(other.factors),
                 "flips": _flips(decision, other),
             }
@@ -165,11 +168,15 @@ def explain(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _weighed(candidate: _Weighed) -> dict[str, Any]:
+def _is_same_batch(decision: Decision, other: Alternative) -> bool:
+    return other.queue == decision.queue and other.factors.value_usd == decision.factors.value_usd
+
+
+def _weighed(candidate: _Weighed, count: int) -> dict[str, Any]:
     found: Mapping[str, float] = terms(candidate.factors)
     return {
         "node": candidate.node,
-        "count": candidate.count,
+        "count": count,
         "queue": candidate.queue,
         "score_usd": score(candidate.factors),
         "terms_usd": dict(found),
@@ -181,9 +188,11 @@ def _flips(decision: Decision, other: Alternative) -> list[dict[str, Any]]:
     shared: frozenset[str] = frozenset()
     if other.node == decision.node:
         shared |= OF_NODE
-    if other.queue == decision.queue and other.count == decision.count:
+    if _is_same_batch(decision, other):
         shared |= OF_BATCH
-    label = other.node if other.node != decision.node else other.label
+    label = other.node if _is_same_batch(decision, other) else other.label
+    if other.queue == decision.queue and label == other.label:
+        label = f"{other.count} of the same kind on {other.node}"
     return [
         {"field": each.field, "now": each.now, "needed": each.needed, "words": in_words(label, each)}
         for each in flip(decision.factors, other.factors, shared)
