@@ -68,7 +68,8 @@ def test_shared_rows_add_up_to_what_was_saved_and_seconds_to_what_was_spent() ->
     results = [result for _, result in sorted(settled.items()) if isinstance(result, Produced)]
     assert [result.rows_shared for result in results] == [1, 1, 2, 0]
     assert sum(result.rows - result.rows_shared for result in results) == len(asked)
-    assert sum(result.exec_us for result in results) == pytest.approx(2_000_000, abs=len(results))
+    spent_us = sum(result.exec_us for result in results)
+    assert 2_000_000 - len(results) <= spent_us < 3_000_000, "two groups of a second, and a moment to prepare them"
 
 
 def test_an_item_is_settled_as_soon_as_its_last_row_is_there() -> None:
