@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from flowmesh_scheduler.core.assigning import assign
 from flowmesh_scheduler.core.classes import ORDER, NodeClass, Rank
+from flowmesh_scheduler.core.feeding import expect_end, nodes_to_feed
 from flowmesh_scheduler.core.fleet import can_run, refresh
 from flowmesh_scheduler.core.health import may_take
 from flowmesh_scheduler.core.outbox import Outbox
@@ -112,6 +113,7 @@ class _Round:
                 klass.ranking[market].unbar()
         self.classes = [c for c in state.fleet.classes.values() if c.idle[market]]
         if not any(c.ranking[market].pending or c.ranking[market].heaps for c in self.classes):
+            self._feed(out)
             self._note_recheck()
             return
         best: list[tuple[float, int, int, Candidate]] = []
@@ -126,12 +128,31 @@ class _Round:
                     self._assign(chosen, out)
             if chosen.klass.idle[market]:
                 self._push(best, chosen.klass)
+        self._feed(out)
         self._note_recheck()
+
+    def _feed(self, out: Outbox) -> None:
+        """Let nodes that are about to end a batch have the next of the same kind."""
+        state = self.state
+        if self.market != "engine" or not state.fleet.ending or state.fleet.ending[0][0] > self.now_us:
+            return
+        for queue, node in nodes_to_feed(state, self.now_us, self._may_have):
+            klass, head = node.klass, queue.head
+            if klass is None or head is None or klass.idle[self.market]:
+                continue
+            base = self._base(queue, klass, state.shares.tag(head.tenant))
+            factors = factors_of(state, queue, head, base, klass, node, 0.0)
+            self._assign(Candidate(score(factors), queue, klass, node, base, factors), out)
+
+    def _may_have(self, node: Node, head: Work) -> bool:
+        return node.name not in head.unfit and node.name not in head.avoided and can_run(node.record, head)
 
     def _note_recheck(self) -> None:
         """Note when to look again at what is kept back."""
         fleet, market = self.state.fleet, self.market
         waiting = [c.ranking[market].waiting[0][0] for c in fleet.classes.values() if c.ranking[market].waiting]
+        if market == "engine" and fleet.ending and any(q.market == market for q in self.state.pool.values()):
+            waiting.append(fleet.ending[0][0])
         if waiting:
             fleet.recheck_us[market] = min(waiting)
         else:
@@ -165,14 +186,19 @@ class _Round:
         is_scarce = self.market == "engine" and len(klass.idle[self.market]) < _QUEUES_WEIGHED
         wanted = _QUEUES_WEIGHED if is_scarce else 1
         found: dict[Queue, Entry] = {}
-        heads = []
+        heads, may_start = [], self.state.start_check
         for tenant in list(heaps):
             heap = heaps[tenant]
             if _top(heap, kept) is None:
                 del heaps[tenant]
                 continue
+            if may_start is not None and not may_start(tenant):
+                continue
             handicap = shares.tag(tenant) / scale_s - log2(shares.weight(tenant)) if is_fair else 0.0
             heads.append((heap[0][0] + handicap, tenant, handicap))
+        if is_fair and len(heads) > 1:
+            latest = self._latest_tag(klass, [tenant for _, tenant, _ in heads])
+            heads = [head for head in heads if shares.tag(head[1]) <= latest]
         heapify(heads)
         while heads and len(found) < wanted:
             _, tenant, handicap = heads[0]
@@ -184,6 +210,19 @@ class _Round:
             else:
                 heapreplace(heads, (following[0] + handicap, tenant, handicap))
         return list(found.values())
+
+    def _latest_tag(self, klass: NodeClass, tenants: list[str]) -> float:
+        """Return how far ahead of the tenant whose turn it is another may be, and still go first because it is worth more.
+
+        Changing the model of a node takes time in which nobody gets anything: as much again and again may be saved by going on.
+        """
+        state, heaps = self.state, klass.ranking[self.market].heaps
+        tag, tenant = min((state.shares.tag(tenant), tenant) for tenant in tenants)
+        model = heaps[tenant][0][3].model
+        slack_s = state.settings.fair_slack_s
+        if model and not any(name in klass.idle[self.market] for name in klass.warm.get(model, ())):
+            slack_s += state.settings.fair_loads * state.costs.load_s(model, klass.device)
+        return tag + slack_s
 
     def _first(self, queue: Queue) -> Work | None:
         head = queue.first(self.state.works, self.state.start_check)
@@ -324,7 +363,11 @@ class _Round:
     def _has_other(self, head: Work) -> bool:
         """Tell whether a node that can run it is neither unfit nor avoided, be it busy."""
         return any(
-            n.is_usable and may_take(self.state, n, self.now_us) and n.name not in head.unfit and n.name not in head.avoided and can_run(n.record, head)
+            n.is_usable
+            and may_take(self.state, n, self.now_us)
+            and n.name not in head.unfit
+            and n.name not in head.avoided
+            and can_run(n.record, head)
             for n in self.state.nodes.values()
         )
 
@@ -337,6 +380,7 @@ class _Round:
         if not works:
             return
         identity = assign(state, chosen.node, works, self.now_us, out, terms(chosen.factors), chosen.factors.seconds)
+        expect_end(state, queue, identity, chosen.factors.seconds, self.now_us)
         others = self._others(chosen)
         decision = Decision(identity, chosen.node.name, len(works), label_of(queue), chosen.factors, others, self.now_us)
         state.note_decision(decision)

@@ -59,6 +59,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     batch_max_s: float = 60.0
     """Most seconds that a batch of several operators is predicted to take: bounds what a lost node costs, and a tenant's wait."""
 
+    feed_ahead_s: float = 0.25
+    """A node whose batch is predicted to end this soon gets the next one of the same kind: it begins without a round trip."""
+
     linger_s: dict[str, float] = msgspec.field(default_factory=lambda: {"engine": 0.05, "train": 0.0})
     """Longest wait of a batch for others to join it, by kind; it waits only while what arrives saves more than the wait costs."""
 
@@ -89,6 +92,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     fair_burst_s: float = 10.0
     """Virtual seconds by which a tenant with little to do may be ahead of its exact share, and as many that are kept for it of
     what it left to others: so what comes now and then is hardly held up by a flood. Any other may end so much later. 0: exact."""
+
+    fair_slack_s: float = 1.0
+    """Virtual seconds by which a tenant may be ahead of another with work for the same nodes and go first, if that is worth more."""
+
+    fair_loads: float = 3.0
+    """That many loads of a model longer where the other's model would have to be loaded first."""
 
     fair_scale_s: float = 2.0
     """Work of a tenant that is so much further than the one furthest behind (virtual seconds) is wanted half as much."""
