@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from flowmesh_scheduler.core.assigning import assign
 from flowmesh_scheduler.core.devices import device_class
 from flowmesh_scheduler.core.fleet import can_run, free_slots
@@ -11,12 +13,12 @@ from flowmesh_scheduler.core.queues import Queue
 from flowmesh_scheduler.core.standing import CANARY
 from flowmesh_scheduler.core.state import Node, State, Work
 
-_QUEUES_CONSIDERED = 64
+_QUEUES_CONSIDERED = 16
 
 
 def place(state: State, now_us: int, out: Outbox) -> None:
     """Give every canary that runs nothing one operator, before the placement takes them all."""
-    if state.is_cut_off:
+    if state.is_cut_off or not state.pool:
         return
     for name in list(state.ward.patients):
         node = state.nodes[name]
@@ -28,25 +30,22 @@ def place(state: State, now_us: int, out: Outbox) -> None:
         found = _choose(state, node)
         if found is not None:
             queue, seconds = found
-            works = queue.take(1, state.works)
-            health.canary = assign(state, node, works, now_us, out, {"canary": 0.0}, seconds)
+            works = queue.take(1, state.works, None, state.may_start)
+            if works:
+                health.canary = assign(state, node, works, now_us, out, {"canary": 0.0}, seconds)
 
 
 def _choose(state: State, node: Node) -> tuple[Queue, float] | None:
     """Return the queue whose first operator suits best: of the type on which the node fell ill, then the quickest."""
     best: tuple[tuple[bool, float, int], Queue] | None = None
-    considered = 0
-    for queue in state.pool.values():
-        head = queue.first(state.works)
+    for queue in islice(state.pool.values(), _QUEUES_CONSIDERED):
+        head = queue.first(state.works, state.may_start)
         if head is None or not _suits(state, node, head):
             continue
         seconds = _seconds(state, node, head)
         rank = (head.operator.type != node.health.kind, seconds, queue.number)
         if seconds <= state.settings.canary_max_s and (best is None or rank < best[0]):
             best = rank, queue
-        considered += 1
-        if considered == _QUEUES_CONSIDERED:
-            break
     return None if best is None else (best[1], best[0][1])
 
 

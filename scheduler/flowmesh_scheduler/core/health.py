@@ -6,7 +6,7 @@ code (failures): what is slow or breaks everywhere is the work's fault, and what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import nlargest
 from math import exp, log
 from statistics import median
@@ -45,7 +45,7 @@ _ALIKE = 0.9
 
 
 def may_take(state: State, node: Node, now_us: int) -> bool:
-    """Tell whether the placement may give work to a node. A canary gets its work from :func:`place_canaries` alone."""
+    """Tell whether the placement may give work to a node. A canary gets its work from ``canaries`` alone."""
     return node.health.state == OK
 
 
@@ -69,7 +69,7 @@ def note_batch(state: State, outstanding: Outstanding, exec_s: float, predicted_
 
 def _is_near(state: State, group: Group, node: Node, value: float) -> bool:
     peers = [s.middle() for name, s in state.ward.speeds.get(group, {}).items() if name != node.name and s.values]
-    return value - (median(peers) if peers else 0.0) < log(state.settings.sick_ratio)
+    return not peers or value - median(peers) < log(state.settings.sick_ratio)
 
 
 def note_report(state: State, name: str, work: Work, assignment: str, reasons: Iterable[str], now_us: int) -> None:
@@ -113,10 +113,10 @@ def watch(state: State, now_us: int, out: Outbox) -> None:
     verdicts, ward.verdicts = ward.verdicts, {}
     for name, wrong in verdicts.items():
         _heed_verdict(state, state.nodes[name], wrong, now_us, out)
+    lifted: list[NodeRecord] = []
     for name in list(ward.patients):
-        _watch_patient(state, state.nodes[name], now_us, out)
-    for key in [key for key, held in ward.quarantine.items() if held.until_us <= now_us]:
-        del ward.quarantine[key]
+        _watch_patient(state, state.nodes[name], lifted, now_us, out)
+    ward.forget_old(now_us)
 
 
 def _recent(by_node: Mapping[str, Samples], state: State, since_us: int) -> dict[str, Samples]:
@@ -131,10 +131,10 @@ def _recent(by_node: Mapping[str, Samples], state: State, since_us: int) -> dict
 def _compare_speeds(state: State, group: Group, since_us: int, now_us: int, out: Outbox) -> None:
     """Find the nodes of a group whose seconds are far beyond those of the others: by a robust z-score and by their ratio."""
     settings = state.settings
-    known = state.ward.speeds[group] = _recent(state.ward.speeds[group], state, since_us)
+    known = _recent(state.ward.speeds.pop(group, {}), state, since_us)
     if not known:
-        del state.ward.speeds[group]
         return
+    state.ward.speeds[group] = known
     middles = {name: samples.middle() for name, samples in known.items()}
     common = median(middles.values())
     limit = log(settings.sick_ratio)
@@ -152,7 +152,7 @@ def _compare_speeds(state: State, group: Group, since_us: int, now_us: int, out:
 
 def _compare_failures(state: State, kind: FailureClass, since_us: int, now_us: int, out: Outbox) -> None:
     """Find the nodes that fail with what others do well."""
-    settings, by_node = state.settings, state.ward.failures[kind]
+    settings, by_node = state.settings, state.ward.failures.pop(kind, {})
     counts = {}
     for name, marks in list(by_node.items()):
         marks.forget_before(since_us)
@@ -160,8 +160,8 @@ def _compare_failures(state: State, kind: FailureClass, since_us: int, now_us: i
             counts[name] = (marks.bad(), len(marks.values))
         else:
             del by_node[name]
-    if not by_node:
-        del state.ward.failures[kind]
+    if by_node:
+        state.ward.failures[kind] = by_node
     all_bad, all_total = sum(b for b, _ in counts.values()), sum(t for _, t in counts.values())
     for name, (bad, total) in counts.items():
         others = all_total - total
@@ -203,7 +203,6 @@ def _enter(state: State, node: Node, word: str, by: str, reason: str, now_us: in
     if word == OK:
         health.until_us, health.kind = 0, ""
         state.ward.patients.pop(node.name, None)
-        forget(state, node)
     else:
         state.ward.patients[node.name] = None
     state.touch(node)
@@ -228,12 +227,18 @@ def _can_spare(state: State, node: Node) -> bool:
     withheld = sum(n.health.state != OK and n.health.by == SCHEDULER for n in there if n is not node)
     if withheld + 1 > max(1, int(state.settings.cordon_share * len(there))):
         return False
-    return _is_covered(node, [n for n in there if n is not node and n.health.state == OK])
+    return _is_covered(state, node)
 
 
-def _is_covered(node: Node, others: list[Node]) -> bool:
-    """Tell whether everything that a node can run, one of the others can run too."""
-    able = [n.record for n in others if _is_as_able(n.record, node.record)]
+def _is_covered(state: State, node: Node, lifted: Sequence[NodeRecord] = ()) -> bool:
+    """Tell whether everything that a node can run, a trusted node of some class can run too, or one of those lifted."""
+    able = [
+        klass.sample
+        for klass in state.fleet.classes.values()
+        if _is_as_able(klass.sample, node.record)
+        and any(n is not node and n.is_usable and n.health.state == OK for n in klass.nodes.values())
+    ]
+    able += [record for record in lifted if _is_as_able(record, node.record)]
     return bool(able) and all(any(kind in record.types for record in able) for kind in node.record.types)
 
 
@@ -249,13 +254,13 @@ def _is_as_able(other: NodeRecord, record: NodeRecord) -> bool:
     )
 
 
-def _watch_patient(state: State, node: Node, now_us: int, out: Outbox) -> None:
-    """Let a pause end in canaries; give back a node that nobody else can stand in for."""
+def _watch_patient(state: State, node: Node, lifted: list[NodeRecord], now_us: int, out: Outbox) -> None:
+    """Let a pause end in canaries; give back a node that nobody else can stand in for, those ``lifted`` just now included."""
     health = node.health
     if health.by != SCHEDULER or not node.is_usable:
         return
-    others = [n for n in state.nodes.values() if n is not node and n.is_usable and n.health.state == OK]
-    if not _is_covered(node, others):
+    if not _is_covered(state, node, lifted):
+        lifted.append(node.record)
         _enter(state, node, OK, SCHEDULER, f"no other node can do its work; before: {health.reason}", now_us, out)
     elif health.state == CORDONED and now_us >= health.until_us:
         _enter(state, node, CANARY, SCHEDULER, health.reason, now_us, out)
@@ -285,6 +290,7 @@ def _heed_verdict(state: State, node: Node, wrong: str, now_us: int, out: Outbox
         return
     health.good += 1
     if health.good >= state.settings.canaries:
+        forget(state, node)
         _enter(state, node, OK, SCHEDULER, f"{health.good} canaries went well", now_us, out)
 
 
@@ -301,6 +307,7 @@ def on_cordon(state: State, event: CordonRequested, now_us: int, out: Outbox) ->
         node.health.until_us, node.health.kind = 0, ""
         _enter(state, node, CORDONED, event.actor, event.reason, now_us, out)
     else:
+        forget(state, node)
         _enter(state, node, OK, event.actor, event.reason, now_us, out)
 
 

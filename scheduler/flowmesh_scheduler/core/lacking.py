@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowmesh_mesh.manifest import Operator
 from flowmesh_mesh.messages import NodeRecord
-from flowmesh_scheduler.core.standing import CORDONED
+from flowmesh_scheduler.core.standing import CANARY, CORDONED
 from flowmesh_scheduler.core.state import Node, Work
 
 _GIB = 1024**3
@@ -39,6 +39,8 @@ def hindrances(node: Node, work: Work) -> list[str]:
         found.append(f"it is {node.state}")
     elif node.health.state == CORDONED:
         found.append(f"it is cordoned{': ' if node.health.reason else ''}{node.health.reason}")
+    elif node.health.state == CANARY:
+        found.append(f"it is tried with small work before it gets more: {node.health.reason}")
     if node.name in work.unfit:
         found.append("it failed here: the model or a requirement is missing there")
     return found

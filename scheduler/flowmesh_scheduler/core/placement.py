@@ -151,7 +151,7 @@ class _Round:
         """Note when to look again at what is kept back."""
         fleet, market = self.state.fleet, self.market
         waiting = [c.ranking[market].waiting[0][0] for c in fleet.classes.values() if c.ranking[market].waiting]
-        if market == "engine" and fleet.ending and any(q.market == market for q in self.state.pool.values()):
+        if market == "engine" and fleet.ending and self.state.pool:
             waiting.append(fleet.ending[0][0])
         if waiting:
             fleet.recheck_us[market] = min(waiting)

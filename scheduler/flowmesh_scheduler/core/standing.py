@@ -13,6 +13,9 @@ from statistics import median
 SAMPLES_MAX = 24
 """Assignments remembered per node and class of work: the last ones tell how it does now."""
 
+GROUPS_MAX = 1024
+"""Groups, and classes of failures, that are remembered."""
+
 MINUTES = 60
 
 Group = tuple[str, str, str]
@@ -118,6 +121,15 @@ class Ward:
     verdicts: dict[str, str] = field(default_factory=dict)
     quarantine: dict[bytes, Quarantine] = field(default_factory=dict)
     looked_at_us: int = 0
+
+    def forget_old(self, now_us: int) -> None:
+        """Drop the groups that were compared longest ago, of too many, and quarantines that are over."""
+        while len(self.speeds) > GROUPS_MAX:
+            del self.speeds[next(iter(self.speeds))]
+        while len(self.failures) > GROUPS_MAX:
+            del self.failures[next(iter(self.failures))]
+        for key in [key for key, held in self.quarantine.items() if held.until_us <= now_us]:
+            del self.quarantine[key]
 
     def forget_node(self, name: str) -> None:
         """Drop what is known of a node: it begins anew."""
