@@ -337,10 +337,10 @@ def join(state: State, work: Work, vertex: Vertex) -> bool:
     shares = state.shares
     counts = {work.tenant: len(work.waiters) - 1} if work.payers is None else dict(work.payers)
     counts[tenant] = counts.get(tenant, 0) + 1
-    is_sooner = work.standing == "waiting" and tenant != work.tenant and shares.tag(tenant) < shares.tag(work.tenant)
+    is_sooner = work.standing == "waiting" and tenant != work.tenant and shares.tag(tenant) < work.tag
+    _recharge(shares, work, counts, work.charged_us)
     if is_sooner:
         _wait_under(shares, work, [tenant])
-    _recharge(shares, work, counts, work.charged_us)
     return is_sooner
 
 
@@ -427,4 +427,14 @@ def occupy(state: State, tenants: tuple[str, ...], slots: int = 1) -> None:
     """Count an assignment that runs, or (``slots`` = -1) does so no more, for each tenant that has work in it."""
     state.shares.slots += slots
     for tenant in tenants:
-        state.shares.account(tenant).slots += slots
+        account = state.shares.account(tenant)
+        account.slots += slots
+        if slots < 0 and account.slots == account.limits.max_slots - 1:
+            _look_again(state, tenant)
+
+
+def _look_again(state: State, tenant: str) -> None:
+    """A tenant that had all slots of its quota may start something again."""
+    for queue in state.pool.values():
+        if tenant in queue.heaps:
+            state.fleet.note_change(queue)
