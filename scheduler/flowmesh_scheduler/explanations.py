@@ -124,6 +124,9 @@ _FORGOTTEN = "nothing is recorded of the choice any more (only the last choices 
 
 def _of_assignment(leader: Leader, assignment: str, found: dict[str, Any]) -> None:
     decision = leader.state.decisions.get(assignment)
+    if decision is None and _is_canary(leader, assignment, found["node"]):
+        found["text"] = f"it went to {found['node']} as a canary: that node was withheld and is tried with single operators"
+        return
     if decision is None:
         where = f"it went to {found['node']}; " if found["node"] else ""
         found["text"] = where + _FORGOTTEN
@@ -133,6 +136,11 @@ def _of_assignment(leader: Leader, assignment: str, found: dict[str, Any]) -> No
     found["decision"] = {**plain, "at_us": decision.at_us}
     company = "alone" if decision.count == 1 else f"in a batch of {decision.count}"
     found["text"] = f"it went to {decision.node} {company}: of all that was weighed then, that was worth most"
+
+
+def _is_canary(leader: Leader, assignment: str, name: str) -> bool:
+    node = leader.state.nodes.get(name)
+    return node is not None and bool(assignment) and node.health.canary == assignment
 
 
 def _hide_others(plain: dict[str, Any], *, is_shared: bool) -> None:
