@@ -82,6 +82,7 @@ class Leader:
         self._listening: list[Subscription | Pull] = []
         self.is_ready = False
         self._early: list[e.Event] = []
+        self._woken_at_us = 0
         self._record = record
         self.recording: Recording | None = None
 
@@ -249,6 +250,17 @@ class Leader:
                     self._send()
                 self._carry_out(command)
             self._send()
+            self._wake_when_due()
         except Exception as error:
             log.exception("step failed on %s", type(event).__name__)
             self.stop(f"internal error: {error!r}")
+
+    def _wake_when_due(self) -> None:
+        """Let the core look again at what it keeps back, if that is due before the next tick."""
+        due_us = min(self.state.fleet.recheck_us.values(), default=0)
+        if not due_us or due_us == self._woken_at_us:
+            return
+        left_s = (due_us - now_us()) / 1e6
+        if left_s < TICK_S:
+            self._woken_at_us = due_us
+            asyncio.get_running_loop().call_later(max(0.0, left_s), self.apply, e.Tick())

@@ -11,7 +11,7 @@ from flowmesh_mesh.messages import NodeRecord
 
 if TYPE_CHECKING:
     from flowmesh_scheduler.core.queues import Queue
-    from flowmesh_scheduler.core.state import Node
+    from flowmesh_scheduler.core.state import Node, PoolKey
 
 MARKETS = {"inline": "inline", "data": "data", "user": "user", "engine": "engine", "train": "engine"}
 """Kinds of executor that compete for the same slots have one market."""
@@ -100,6 +100,9 @@ class Fleet:
 
     queues: dict[str, dict[Queue, None]] = field(default_factory=dict)
     """Queues that have changed since the classes were told, by market."""
+
+    ending: list[tuple[int, str, PoolKey]] = field(default_factory=list)
+    """Batches by when their nodes may get the next of the same kind."""
 
     recheck_us: dict[str, int] = field(default_factory=dict)
     """When to look again at what is kept back, by market."""

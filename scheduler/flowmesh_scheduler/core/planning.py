@@ -14,6 +14,7 @@ from flowmesh_scheduler.core import fairness, health
 from flowmesh_scheduler.core.commands import Accept
 from flowmesh_scheduler.core.costs import cost_class, size_of
 from flowmesh_scheduler.core.events import Submitted
+from flowmesh_scheduler.core.deadlines import path_seconds
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
 
@@ -62,6 +63,8 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
         consumers.append([])
         for source in sources:
             consumers[source].append(index)
+    if run.deadline_us:
+        run.paths_s = path_seconds(state, run)
     run.unfinished = len(vertices)
     run.counts = {VertexState.WAITING.value: len(vertices)}
     out.touched[run.id_pair] = run

@@ -9,6 +9,7 @@ from flowmesh_mesh.manifest import Resources
 from flowmesh_mesh.messages import Reason
 from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.classes import MARKETS
+from flowmesh_scheduler.core.deadlines import note_deadlines
 from flowmesh_scheduler.core.events import Located
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.planning import (
@@ -56,6 +57,8 @@ def push(state: State, work: Work) -> None:
         queue = Queue(key, state.take_order(), MARKETS[kind.executor], work.model, state.shares, kind.batches)
         state.pool[key] = queue
     work.seconds = _seconds(state, work)
+    if any(vertex.run.deadline_us for vertex in work.waiters):
+        note_deadlines(state, work)
     fairness.enter(state, work, work.seconds)
     queue.add(work, state.now_us)
     state.fleet.note_change(queue)

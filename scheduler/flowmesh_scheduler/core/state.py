@@ -7,7 +7,7 @@ Classes are plain and slotted: there may be a million vertices.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -122,6 +122,7 @@ class Run:
     end: RunEnd | None = None
     saved_us: int = 0
     deadline_us: int = 0
+    paths_s: Sequence[float] = ()
     account: Account = field(default_factory=Account)
 
     @property
