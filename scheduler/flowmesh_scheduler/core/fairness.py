@@ -76,10 +76,10 @@ class Shares:
     _has_slot_quotas: bool | None = None
 
     def account(self, tenant: str) -> Account:
-        """Return the account of a tenant; one that is seen for the first time gets one."""
+        """Return the account of a tenant; one that is seen for the first time gets one, and has saved nothing."""
         found = self.accounts.get(tenant)
         if found is None:
-            found = self.accounts[tenant] = Account(tenant, self.tenants.get(tenant, _UNLIMITED))
+            found = self.accounts[tenant] = Account(tenant, self.tenants.get(tenant, _UNLIMITED), self.virtual)
         return found
 
     def weight(self, tenant: str) -> float:

@@ -72,6 +72,7 @@ def test_time_that_nobody_asked_for_is_not_saved() -> None:
 
 def test_what_is_left_to_others_in_a_queue_is_kept_up_to_the_limit() -> None:
     made = shares(burst_s=10.0)
+    made.account("late")
     for _ in range(100):
         made.enter("flood", 1.0)
     for second in range(50):
