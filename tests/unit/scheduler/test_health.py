@@ -14,8 +14,8 @@ from flowmesh_mesh.manifest import Metered
 from flowmesh_mesh.messages import Assignment
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
-from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.settings import Settings
+from flowmesh_scheduler.core.standing import Quarantine, Samples
 
 QUIET = Settings(speculation_share=0.0, cordon_pause_s=60.0)
 FOUR = ("n1", "n2", "n3", "n4")
@@ -518,7 +518,7 @@ def test_a_result_that_exists_is_served_whatever_is_quarantined() -> None:
     made.work_off()
     work = made.vertex("o0", "r0")
     assert work.key == key
-    made.state.ward.quarantine[key] = health.Quarantine(key, made.now_us + 10**9, ("n1",), "o0")
+    made.state.ward.quarantine[key] = Quarantine(key, made.now_us + 10**9, ("n1",), "o0")
     made.submit(chain(1, 7), "r2", "tb")
     assert made.end("r2", "tb").reason == "succeeded"
 
@@ -531,6 +531,6 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(1100):
         for name in ("n1", "n2"):
             group = (f"python.call{number}", "", "cpu")
-            made.state.ward.speeds.setdefault(group, {})[name] = health.Samples()
+            made.state.ward.speeds.setdefault(group, {})[name] = Samples()
     pass_time(made, 2)
     assert len(made.state.ward.speeds) <= 1024

@@ -18,7 +18,7 @@ from tests.unit.scheduler.flows import SECOND, manifest_cid, node_record, result
 
 from flowmesh_cas.cid import RAW, cid_of
 from flowmesh_mesh.manifest import Acceptance, Manifest, Metered, ResultRecord, RunEnd, decode_record, record_cid
-from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Done, Item, NodeRecord, Outcome
+from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Done, Item, NodeHealth, NodeRecord, Outcome
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
@@ -65,6 +65,8 @@ class SimNode:
     record: NodeRecord
     lacks_model: bool = False
     is_saboteur: bool = False
+    slowness: float = 1.0
+    crashes: float = 0.0
     is_alive: bool = True
     is_connected: bool = True
     epoch: int = 0
@@ -119,6 +121,8 @@ class World:
         self.wanted: list[Pair] = []
         self.crashes: dict[bytes, int] = {}
         self.executions = 0
+        self.exec_us = 1000
+        self.health: dict[str, NodeHealth] = {}
         self.views: dict[Pair, dict[int, str]] = {}
         self.nodes = {f"n{i}": SimNode(node_record(f"n{i}", started_at_us=1 + i)) for i in range(nodes)}
         self.state: State | None = None
@@ -233,7 +237,7 @@ class World:
             if known.state != "left":
                 self.apply(e.NodeJoined(known))
         self.views = {}
-        self.apply(e.Recovered(results, live, ended, list(self.stream.values())))
+        self.apply(e.Recovered(results, live, ended, list(self.stream.values()), list(self.health.values())))
 
     @staticmethod
     def _note_given(state: State, manifest: Manifest) -> None:
@@ -278,6 +282,9 @@ class World:
         elif isinstance(command, c.RecordCancel):
             cancellation = command.cancellation
             write(lambda: self.cancelled.__setitem__((cancellation.tenant, cancellation.run), cancellation.actor))
+        elif isinstance(command, c.RecordHealth):
+            health = command.health
+            self._soon(lambda: self.health.__setitem__(health.node, health))
         elif isinstance(command, c.EndRun):
             write(lambda: self._store_end(command, state))
         else:
@@ -509,6 +516,8 @@ class World:
                         lacking.append(root)
         if lacking:
             return failed("input-missing", missing=tuple(sorted(set(lacking))))
+        if node.crashes and self.random.random() < node.crashes:
+            return failed("crashed")
         fate = item.params["fate"]
         if fate == "bad":
             return failed("user-error")
@@ -532,7 +541,7 @@ class World:
         inline: dict[bytes, bytes] = {}
         if self.random.random() < 0.3 and len(roots) == 1:
             inline = {roots[0]: label.encode()}
-        metered = Metered(exec_us=1000)
+        metered = Metered(exec_us=int(self.exec_us * node.slowness))
         return Outcome(item.key, item.generation, item.attempt, "succeeded", result, outputs, metered=metered), inline
 
     # --- misfortune
