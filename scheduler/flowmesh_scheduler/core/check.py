@@ -58,6 +58,7 @@ def check(state: State) -> None:
         _check_node(state, node)
     _check_health(state)
     _check_pool(state)
+    _check_shares(state)
     _check_places(state)
 
 
@@ -236,6 +237,37 @@ def _check_pool(state: State) -> None:
                 assert index == 0 or heap[(index - 1) // 2][:3] <= heap[index][:3]
                 if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
                     assert pool_key(work) == key, f"{work.operator.name} is in the wrong queue"
+
+
+def _check_shares(state: State) -> None:
+    """Assert what holds of the tenants' accounts.
+
+    Invariant: what waits and runs of a tenant is its part of the work that waits and runs; work in the pool waits, and stands
+    under a tenant that pays for it. Nothing else is counted: accounts do not leak.
+    Invariant: an account counts the tenant's live runs, their unfinished operators, and the assignments that run for it.
+    """
+    waiting, running, slots = Counter[str](), Counter[str](), Counter[str]()
+    for work in state.works.values():
+        assert not work.standing or work.charged_us, f"{work.operator.name} is counted and not charged"
+        if work.state is WorkState.QUEUED and not work.not_before_us:
+            assert work.standing == "waiting", f"{work.operator.name} is in the pool and not counted"
+        counts = {work.tenant: 1} if work.payers is None else work.payers
+        if work.standing:
+            assert work.tenant in counts
+            sums = waiting if work.standing == "waiting" else running
+            for tenant, count in counts.items():
+                sums[tenant] += work.charged_us * count // sum(counts.values())
+    for outstanding in state.assignments.values():
+        slots.update(outstanding.tenants if outstanding.running else ())
+    runs = Counter(run.tenant for run in state.runs.values() if run.end is None)
+    operators = Counter[str]()
+    for run in state.runs.values():
+        operators[run.tenant] += run.unfinished
+    for tenant, account in state.shares.accounts.items():
+        found = (account.waiting_us, account.running_us, account.slots, account.runs, account.operators)
+        expected = (waiting[tenant], running[tenant], slots[tenant], runs[tenant], operators[tenant])
+        assert found == expected, f"the account of {tenant} is {found}, not {expected}"
+    assert state.shares.slots == sum(bool(o.running) for o in state.assignments.values())
 
 
 def _check_places(state: State) -> None:
