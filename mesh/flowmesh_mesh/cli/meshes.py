@@ -40,6 +40,9 @@ def status(
     totals = found.get("totals") or {}
     saved = span(totals.get("saved_us") or 0)
     print(f"totals     {totals.get('executed', 0)} executed, {totals.get('shared', 0)} shared, {saved} saved")
+    if totals.get("speculated"):
+        won, paid = totals.get("speculation_won", 0), totals.get("speculation_usd", 0.0)
+        print(f"copies     {totals['speculated']} operators tried twice, {won} won by the second, ${paid:.4f}")
     print()
     if tenants:
         print_table(_TENANT_COLUMNS, map(_tenant_row, found.get("tenants") or []))
@@ -61,6 +64,25 @@ def _print_nodes(rows: list[dict[str, Any]]) -> None:
         print("no nodes; add one with `flowmesh-node join`")
         return
     print_table(_COLUMNS, map(_node_row, rows))
+    for row in rows:
+        told = _distrust(row)
+        if told:
+            print(clean(told))
+
+
+def _distrust(row: dict[str, Any]) -> str:
+    """Return why a node gets no work, or little, and what to do about it; empty for one that is trusted."""
+    health = row.get("health") or {}
+    if health.get("state", "ok") == "ok":
+        return ""
+    now_us = time.time_ns() // 1000
+    text = f"{row['node']} is cordoned" if health["state"] == "cordoned" else f"{row['node']} is tried with small work"
+    text += f" by {health['by']} for {span(max(0, now_us - health['since_us']))}"
+    if health.get("reason"):
+        text += f": {health['reason']}"
+    if health.get("until_us", 0) > now_us and health["state"] == "cordoned":
+        text += f"; tried again in {span(health['until_us'] - now_us)}"
+    return f"{text} (`flowmesh uncordon {row['node']}`)"
 
 
 def _tenant_row(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -80,6 +102,12 @@ def _tenant_row(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def _state(row: dict[str, Any]) -> str:
+    """Return the state in one word: trust matters only while the node is there."""
+    trust = (row.get("health") or {}).get("state", "ok")
+    return str(row["state"] if trust == "ok" or row["state"] != "active" else trust)
+
+
 def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
     devices = ", ".join(
         f"{device['name'] or device['kind']} {size(device.get('memory_bytes') or -1)}".strip()
@@ -92,7 +120,7 @@ def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
     memory = size(row.get("memory_bytes"))
     return (
         row["node"],
-        row["state"],
+        _state(row),
         devices or "cpu",
         row.get("cpus"),
         memory,

@@ -26,6 +26,8 @@ STATE_STYLES = {
     "skipped": "yellow",
     "cancelled": "yellow",
     "active": "green",
+    "cordoned": "red",
+    "canary": "yellow",
 }
 
 
