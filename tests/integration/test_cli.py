@@ -162,6 +162,7 @@ def test_the_mesh_and_its_runs_are_shown(shell: Shell) -> None:
     assert [node["state"] for node in status["nodes"]] == ["active"]
     node = shell.json("nodes")[0]["node"]
     assert node in shell.run("status").stdout
+    assert "BEHIND" in shell.run("status", "--tenants").stdout
     assert node in shell.run("nodes").stdout
 
 

@@ -125,13 +125,17 @@ class Shares:
 
     def correct(self, tenant: str, seconds: float) -> None:
         """Move a tenant's finish: further by what its work takes beyond what it was charged, back by a refund."""
-        account = self.account(tenant)
+        self.adjust(self.account(tenant), seconds)
+
+    def adjust(self, account: Account, seconds: float) -> None:
+        """Do the same where the account is at hand."""
         if seconds > 0:
-            self._charge(account, seconds)
+            self.charge(account, seconds)
         elif seconds < 0:
             self._refund(account, -seconds)
 
-    def _charge(self, account: Account, seconds: float) -> None:
+    def charge(self, account: Account, seconds: float) -> None:
+        """Move a finish further; a tenant who wanted nothing takes part again once it is ahead of the clock."""
         weight = account.limits.weight
         account.finish = max(account.finish, self.floor) + seconds / weight
         if account.noted >= 0.0:
@@ -168,7 +172,10 @@ class Shares:
 
     def count(self, tenant: str, standing: str, amount_us: int) -> None:
         """Count microseconds of a tenant's work among what waits or what runs."""
-        account = self.account(tenant)
+        self.tally(self.account(tenant), standing, amount_us)
+
+    def tally(self, account: Account, standing: str, amount_us: int) -> None:
+        """Do the same where the account is at hand."""
         if standing == "waiting":
             account.waiting_us += amount_us
             self.waiting_us += amount_us
@@ -259,6 +266,9 @@ def enter(state: State, work: Work, seconds: float) -> None:
     ``work.tag`` and ``work.tenant`` tell when its turn is, and whose: of several tenants, the one that is most behind.
     """
     shares = state.shares
+    if not work.charged_us and len(work.waiters) == 1:
+        _enter_alone(shares, work, seconds)
+        return
     if not work.charged_us:
         counts: dict[str, int] = {}
         for vertex in work.waiters:
@@ -270,6 +280,17 @@ def enter(state: State, work: Work, seconds: float) -> None:
         for tenant, amount_us in _parts(work):
             shares.correct(tenant, amount_us / 1e6)
     _move(shares, work, "waiting")
+
+
+def _enter_alone(shares: Shares, work: Work, seconds: float) -> None:
+    """Do the same for work that one vertex waits for, as for nearly all: this is done for every operator."""
+    (vertex,) = work.waiters
+    account = vertex.run.account
+    work.tenant, work.payers, work.standing = account.tenant, None, "waiting"
+    work.tag = account.last = max(account.finish, account.last, shares.virtual)
+    charged_us = work.charged_us = max(1, int(seconds * 1e6 + 0.5))
+    shares.charge(account, charged_us / 1e6)
+    shares.tally(account, "waiting", charged_us)
 
 
 def begin(state: State, work: Work, factor: float = 1.0) -> None:
@@ -297,6 +318,13 @@ def end(state: State, work: Work, actual_us: int) -> None:
     if not work.charged_us:
         return
     shares = state.shares
+    if work.payers is None:
+        account = shares.account(work.tenant)
+        account.used_us += actual_us
+        shares.tally(account, work.standing, -work.charged_us)
+        shares.adjust(account, (actual_us - work.charged_us) / 1e6)
+        work.charged_us, work.standing = 0, ""
+        return
     leave(state, work)
     before = _parts(work)
     work.charged_us = actual_us
