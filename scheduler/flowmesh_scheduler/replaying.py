@@ -82,7 +82,7 @@ def _print(document: dict[str, Any], *, is_all: bool) -> None:
         at = f"event {found['step']} ({found['kind']}, {moment(found['at_us'])})"
         print(f"DIFFERENT  from {at} on: this build chooses otherwise than the one that recorded it")
     else:
-        print("the same assignments, hash for hash")
+        print("the same assignments, hash for hash" if rows else "nothing was assigned in it")
     if "compared" in document:
         _print_comparison(document["compared"])
 
