@@ -1,4 +1,4 @@
-"""Trust and second attempts on a real mesh: cordons that outlive their leader, who may order them, a straggler that is overtaken."""
+"""Trust and second attempts on a real mesh: cordons that outlive their leader, who may order them, an overtaken straggler."""
 
 from __future__ import annotations
 

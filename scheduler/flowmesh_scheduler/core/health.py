@@ -63,7 +63,11 @@ def note_batch(state: State, outstanding: Outstanding, exec_s: float, predicted_
         late = "" if _is_near(state, group, node, value) else f"its canary took {exp(value):.1f}x as long as predicted"
         _judge(state, node, late)
         return
-    state.ward.speeds.setdefault(group, {}).setdefault(node.name, Samples()).add(now_us, value)
+    by_node = state.ward.speeds.setdefault(group, {})
+    samples = by_node.get(node.name)
+    if samples is None:
+        samples = by_node[node.name] = Samples()
+    samples.add(now_us, value)
     state.ward.new_speeds[group] = None
 
 
@@ -83,7 +87,11 @@ def note_report(state: State, name: str, work: Work, assignment: str, reasons: I
             _judge(state, node, "its canary failed")
         return
     kind = failure_class(work)
-    state.ward.failures.setdefault(kind, {}).setdefault(name, Marks()).values.append((now_us, is_bad))
+    by_node = state.ward.failures.setdefault(kind, {})
+    marks = by_node.get(name)
+    if marks is None:
+        marks = by_node[name] = Marks()
+    marks.values.append((now_us, is_bad))
     if is_bad:
         state.ward.new_failures[kind] = None
 

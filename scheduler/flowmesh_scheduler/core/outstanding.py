@@ -42,7 +42,8 @@ def _begin(state: State, outstanding: Outstanding) -> None:
     if predicted_s and settings.speculation_share:
         spread = state.costs.line(outstanding.kind, outstanding.device).spread
         late_s = predicted_s * (settings.straggler_factor + settings.straggler_spreads * spread)
-        late_us = int(max(late_s, predicted_s + settings.straggler_min_s) * 1e6)
+        grace_s = settings.straggler_min_s if spread < 1.0 else settings.straggler_unknown_s
+        late_us = int(max(late_s, predicted_s + grace_s) * 1e6)
         heappush(state.copies.due, (state.now_us + late_us, outstanding.id))
 
 
@@ -83,10 +84,16 @@ def free_slot(state: State, outstanding: Outstanding) -> None:
 
 
 def _begin_next(state: State, node: Node, kind: str) -> None:
-    for waiting in node.assignments.values():
-        if waiting.executor == kind and waiting.running and not waiting.begun_us:
-            _begin(state, waiting)
-            return
+    """Let the first assignment that waits on a node begin, if it works on fewer than it can."""
+    begun, first = 0, None
+    for outstanding in node.assignments.values():
+        if outstanding.executor == kind and outstanding.running:
+            if outstanding.begun_us:
+                begun += 1
+            elif first is None:
+                first = outstanding
+    if first is not None and begun < width(node, kind):
+        _begin(state, first)
 
 
 def note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:

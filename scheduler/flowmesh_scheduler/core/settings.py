@@ -123,6 +123,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     straggler_min_s: float = 1.0
     """Nothing is late before it ran this much longer than predicted: less is not worth a second attempt."""
 
+    straggler_unknown_s: float = 30.0
+    """The same where nothing like it was ever measured, so that the prediction may be far off."""
+
     sick_ratio: float = 2.0
     """A node this many times slower than its peers may be sick; it is, if ``sick_z`` robust deviations say so too."""
 

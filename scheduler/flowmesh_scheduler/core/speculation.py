@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import islice
 
 from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.assigning import assign
+from flowmesh_scheduler.core.classes import MARKETS
 from flowmesh_scheduler.core.fleet import can_run, free_slots
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import stop_attempt, width
@@ -25,6 +27,9 @@ _LOOK_AGAIN = 1.25
 
 _GAIN = {"train": 1.5}
 """How many times longer than the copy the rest of the original must be expected to take, by kind of executor; 1 if not named."""
+
+_NODES_COMPARED = 16
+"""Idle nodes of each class that are considered for a copy."""
 
 _INPUTS_SAMPLED = 16
 _BOOKED_AHEAD_S = 1.0
@@ -95,18 +100,19 @@ def _may_be_copied(work: Work, late: Outstanding) -> bool:
 
 
 def _spare(state: State, late: Outstanding, works: Sequence[Work]) -> list[Node]:
-    """Return the nodes that could begin with the copy at once and have nothing better to do."""
+    """Return some nodes that could begin with the copy at once and have nothing better to do."""
     barred = {late.node}.union(*(work.avoided | work.unfit for work in works))
-    return [
-        node
-        for node in state.nodes.values()
-        if node.is_usable
-        and node.busy.get(late.executor, 0) < width(node, late.executor)
-        and node.name not in barred
-        and health.may_take(state, node, state.now_us)
-        and free_slots(state, node, late.executor) > 0
-        and can_run(node.record, works[0])
-    ]
+    market, found = MARKETS[late.executor], []
+    for klass in state.fleet.classes.values():
+        idle = klass.idle[market]
+        if idle and can_run(klass.sample, works[0]):
+            for node in islice(idle.values(), _NODES_COMPARED):
+                is_free = (
+                    node.busy.get(late.executor, 0) < width(node, late.executor) and free_slots(state, node, late.executor) > 0
+                )
+                if is_free and node.is_usable and node.name not in barred and health.may_take(state, node, state.now_us):
+                    found.append(node)
+    return found
 
 
 def _copy_s(state: State, node: Node, late: Outstanding, works: Sequence[Work], share: float) -> float:

@@ -80,6 +80,41 @@ def test_less_than_a_second_beyond_the_prediction_is_never_late() -> None:
     assert len(made.assigned) == 2
 
 
+def test_work_of_which_nothing_like_it_was_ever_measured_gets_more_time() -> None:
+    made = Desk(settings=WEALTHY)
+    made.join("n1", "n2")
+    wait(made, 60)
+    made.submit(workflow([call("o")], {}))
+    wait(made, 28)
+    assert len(made.assigned) == 1
+    wait(made, 5)
+    assert len(made.assigned) == 2
+
+
+def test_an_assignment_that_waits_on_its_node_is_not_late() -> None:
+    made = desk("n1", learned_s=1.0)
+    made.submit(workflow([call(f"o{i}") for i in range(2)], {}))
+    assert len(made.assigned) == 2
+    held = [made.state.assignments[a.id] for a in attempts(made)]
+    assert [bool(o.begun_us) for o in held] == [True, False]
+    made.join("n2")
+    wait(made, 30)
+    copied = [a.items[0].name for a in attempts(made) if a.node == "n2"]
+    assert copied == ["o0"], "the second has not begun"
+    made.succeed(next(a for a in attempts(made) if a.id == held[0].id))
+    assert held[1].begun_us == made.now_us
+
+
+def test_what_waits_does_not_begin_because_something_else_that_waited_was_taken_away() -> None:
+    made = desk("n1", settings=Settings(speculation_share=0.5, depth_limit={**WEALTHY.depth_limit, "user": 3}))
+    made.submit(workflow([call("o0")], {}), "r0")
+    made.submit(workflow([call("o1")], {}), "r1")
+    made.submit(workflow([call("o2")], {}), "r2")
+    held = [made.state.assignments[a.id] for a in attempts(made)]
+    made.apply(e.CancelRequested("ta", "r1", "alice"))
+    assert [bool(o.begun_us) for o in held] == [True, False, False]
+
+
 def test_the_first_result_wins_and_the_other_node_is_told_to_stop() -> None:
     made = desk()
     first, copy = straggle(made)
@@ -124,7 +159,7 @@ def test_only_what_is_still_open_of_a_batch_is_copied() -> None:
     made.submit(workflow([operator(f"o{i}", nonce=i) for i in range(4)], {}))
     first = made.only()
     made.report(first, [made.outcome(item, "flow.noop") for item in first.items[:3]], last=False)
-    wait(made, 10)
+    wait(made, 35)
     _, copy = attempts(made)
     assert [item.name for item in copy.items] == ["o3"]
 
