@@ -1,7 +1,8 @@
 """Workflows as tenants write them, compiled by hand: post-training pipelines and agents, made of the catalog's operator types.
 
 What two documents share is only what is written the same in both: an operator is the same work if its type, its parameters,
-its model and all that leads to its inputs are. ``Author`` writes the first part of a document in common words, the rest in its own.
+its model and all that leads to its inputs are. ``Author`` writes the first part of a document in common words, the rest in its
+own.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Author:
     def between(self, low: int, high: int) -> int:
         """Return a number that the voice in use has chosen."""
         return low + pick(high - low + 1, self.voice, len(self.operators))
+
+    def tokens(self, low: int, high: int) -> int:
+        """Return a limit of new tokens as people choose them."""
+        usual = [limit for limit in (64, 96, 128, 192, 256, 384, 512) if low <= limit <= high]
+        return usual[pick(len(usual), self.voice, len(self.operators), "tokens")]
 
     def write(
         self,
@@ -131,65 +137,70 @@ class Author:
 
 
 def sft(author: Author, base: LanguageModel, teacher: LanguageModel) -> Manifest:
-    """Write better answers with a teacher, check them, tune on them, look at the result."""
+    """Write better answers with a teacher, check them, tune on them, evaluate the result."""
     table = author.shape(author.load(256))
     parts = []
-    for _ in range(4):
-        prompts = author.select(author.between(24, 48), table)
-        parts.append(author.call("verify", 2.0, 0.6, author.generate(teacher, prompts, author.between(256, 512))))
+    for _ in range(5):
+        prompts = author.select(author.between(16, 32), table)
+        parts.append(author.call("verify", 2.0, 0.6, author.generate(teacher, prompts, author.tokens(256, 512))))
     joined = author.write("data.concat", {}, {"rows": parts})
-    adapter = author.train("train.sft", base, joined, author.between(16, 20), 8)
-    answers = author.generate(base, author.select(32, table), 256, adapter=[adapter])
-    report = author.call("report", 1.0, 0.02, author.score(teacher, answers))
-    return author.close("sft", [adapter, report])
+    adapter = author.train("train.sft", base, joined, author.between(12, 16), 8)
+    return author.close("sft", [adapter, *evaluation(author, base, MODELS["reward-3b"], table, adapter)])
+
+
+def evaluation(author: Author, base: LanguageModel, judge: LanguageModel, table: Made, adapter: Made) -> list[Made]:
+    """Answer three sets of questions with the tuned model, and judge the answers."""
+    found = []
+    for _ in range(3):
+        answers = author.generate(base, author.select(author.between(12, 24), table), author.tokens(192, 384), adapter=[adapter])
+        found.append(author.reward(judge, answers))
+    return [author.call("report", 1.0, 0.02, *found)]
 
 
 def reward(author: Author, base: LanguageModel, policy: LanguageModel, judge: LanguageModel) -> Manifest:
     """Draw pairs of answers, let a judge prefer one, tune a reward model on them."""
     table = author.shape(author.load(256))
     parts = []
-    for _ in range(3):
-        prompts = author.select(author.between(24, 40), table)
-        pairs = author.generate(policy, prompts, author.between(192, 384), samples=2)
-        parts.append(author.select(64, author.score(judge, pairs)))
+    for _ in range(5):
+        prompts = author.select(author.between(8, 16), table)
+        pairs = author.generate(policy, prompts, author.tokens(256, 512), samples=2)
+        parts.append(author.select(32, author.score(judge, pairs)))
     joined = author.write("data.concat", {}, {"rows": parts})
-    adapter = author.train("train.sft", base, joined, author.between(20, 26), 8)
-    check = author.generate(policy, author.select(32, table), 192)
-    report = author.call("report", 1.0, 0.02, author.reward(MODELS["reward-1b"], check))
+    adapter = author.train("train.sft", base, joined, author.between(12, 20), 8)
+    check = author.generate(policy, author.select(24, table), 256)
+    report = author.call("report", 1.0, 0.02, author.reward(base, check))
     return author.close("reward", [adapter, report])
 
 
 def dpo(author: Author, base: LanguageModel, rewards: LanguageModel) -> Manifest:
-    """Draw candidates, score them, tune on the best against the worst, look at the result."""
+    """Draw candidates, score them, tune on the best against the worst, evaluate the result."""
     table = author.shape(author.load(256))
     parts = []
-    for _ in range(4):
-        candidates = author.generate(base, author.select(author.between(16, 32), table), author.between(192, 384), samples=4)
+    for _ in range(5):
+        candidates = author.generate(base, author.select(author.between(8, 16), table), author.tokens(256, 512), samples=2)
         parts.append(author.reward(rewards, candidates))
-    pairs = author.select(96, author.write("data.concat", {}, {"rows": parts}))
-    adapter = author.train("train.dpo", base, pairs, author.between(10, 14), 8)
-    answers = author.generate(base, author.select(32, table), 256, adapter=[adapter])
-    report = author.call("report", 1.0, 0.02, author.reward(rewards, answers))
-    return author.close("dpo", [adapter, report])
+    pairs = author.select(64, author.write("data.concat", {}, {"rows": parts}))
+    adapter = author.train("train.dpo", base, pairs, author.between(6, 10), 8)
+    return author.close("dpo", [adapter, *evaluation(author, base, rewards, table, adapter)])
 
 
 def ppo(author: Author, base: LanguageModel, rewards: LanguageModel, rounds: int) -> Manifest:
-    """Rounds of: rollouts of the policy, their rewards beside the reference's log-probabilities, an update on both."""
+    """Rounds of: rollouts of the policy, their tests and rewards beside the reference's log-probabilities, an update on both."""
     table = author.shape(author.load(256))
     adapter: list[Made] = []
     for _ in range(rounds):
-        prompts = author.select(author.between(24, 40), table)
-        rollouts = author.generate(base, prompts, author.between(192, 384), samples=2, adapter=adapter)
+        prompts = author.select(author.between(8, 16), table)
+        rollouts = author.generate(base, prompts, author.tokens(256, 512), samples=2, adapter=adapter)
         rewarded = author.reward(rewards, author.call("run-tests", 2.0, 0.4, rollouts))
         reference = author.score(base, rollouts)
-        adapter = [author.train("train.dpo", base, author.select(64, rewarded, reference), author.between(3, 5), 8)]
+        adapter = [author.train("train.dpo", base, author.select(32, rewarded, reference), author.between(2, 3), 8)]
     return author.close("ppo", adapter)
 
 
 def agent(author: Author, worker: LanguageModel, judge: LanguageModel, width: int) -> Manifest:
     """Look at a question, ask it in several ways, use a tool on each answer, and let a judge put one answer together."""
     table = author.load(author.between(2, 6))
-    plan = author.generate(worker, table, author.between(64, 128))
+    plan = author.generate(worker, table, author.tokens(64, 128))
     found = []
     for _ in range(width):
         found.append(
@@ -197,8 +208,8 @@ def agent(author: Author, worker: LanguageModel, judge: LanguageModel, width: in
                 "search",
                 0.5 + 3.0 * between(0, 1, author.voice, "tool"),
                 0.2,
-                author.generate(worker, plan, author.between(96, 256)),
+                author.generate(worker, plan, author.tokens(96, 256)),
             )
         )
     joined = author.write("data.concat", {}, {"rows": found})
-    return author.close("agent", [author.generate(judge, joined, author.between(128, 256))])
+    return author.close("agent", [author.generate(judge, joined, author.tokens(128, 256))])

@@ -107,6 +107,11 @@ def lifetime_s(offer: Offer, seed: int, rental: int) -> float:
     return exponential(3600 / offer.hazard_per_hour, "life", seed, offer.name, rental)
 
 
+def told_link(offer: Offer) -> float:
+    """Return the rate of a host's link as its owner tells it: not quite what it is."""
+    return offer.link_bytes_per_s * between(0.8, 1.2, "told", offer.name)
+
+
 def node_record(offer: Offer, name: str, started_at_us: int) -> NodeRecord:
     """Return what a node on this host says of itself: what it can know, not its slowness."""
     kind = offer.device
@@ -125,5 +130,5 @@ def node_record(offer: Offer, name: str, started_at_us: int) -> NodeRecord:
         hazard_per_hour=offer.hazard_per_hour,
         watts=kind.watts + kind.host_watts,
         idle_watts=kind.idle_watts + kind.host_watts,
-        bandwidth_bytes_per_s=round(offer.link_bytes_per_s * between(0.8, 1.2, "told", offer.name)),
+        bandwidth_bytes_per_s=round(told_link(offer)),
     )

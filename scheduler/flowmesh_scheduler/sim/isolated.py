@@ -25,7 +25,7 @@ from flowmesh_scheduler.sim.fleet import Offer
 from flowmesh_scheduler.sim.language_models import PINNED
 from flowmesh_scheduler.sim.machine import HUB_BYTES_PER_S, Machine
 from flowmesh_scheduler.sim.metrics import Figures, RunTimes
-from flowmesh_scheduler.sim.rental import Market, Terms
+from flowmesh_scheduler.sim.rental import AWAY_S, Market, Terms
 from flowmesh_scheduler.sim.truth import Demand, Spent
 from flowmesh_scheduler.sim.worker import lane_of
 from flowmesh_scheduler.sim.workloads import Arrival, Scenario, identities
@@ -262,11 +262,12 @@ class Isolated:
         ends_s = at_s + course.seconds
         self._digest.update(f"{pipeline.arrival.run} {machine.name} {course.seconds:.6f}".encode())
         for began_s, spent, is_gpu, count in course.batches:
-            share = min(1.0, max(0.0, course.seconds - began_s) / max(spent.seconds, 1e-9))
+            is_whole = began_s + spent.seconds <= course.seconds + 1e-6
+            share = 1.0 if is_whole else max(0.0, course.seconds - began_s) / spent.seconds
             machine.busy_s += spent.seconds * share if is_gpu else 0.0
             machine.busy_joules += machine.joules(spent, is_gpu=is_gpu) * share
             self._batches += 1
-            if share < 1.0:
+            if not is_whole:
                 self._lost_s += spent.seconds * share
             else:
                 self._useful_s += spent.exec_s
@@ -284,6 +285,7 @@ class Isolated:
         self.market.give_back(machine, now_s, is_taken=True)
         self._waiting.appendleft(pipeline)
         self._begin_some(now_s)
+        self._at(now_s + AWAY_S, self._begin_some)
 
     def _end(self, pipeline: _Pipeline, machine: Machine, now_s: float) -> None:
         self.times.ended(pipeline.arrival.run, round(now_s * 1e6), "succeeded")

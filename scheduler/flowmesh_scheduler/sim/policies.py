@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from flowmesh_mesh.catalog import CATALOG
 from flowmesh_scheduler.core.fleet import can_run
@@ -38,18 +39,25 @@ class Queueing:
     def __call__(self, state: State, now_us: int, out: Outbox) -> None:
         if not state.pool or state.is_cut_off:
             return
-        is_placed = True
-        while is_placed:
-            is_placed = False
-            for queue, head in pool_view.heads(state):
-                nodes = free_nodes(state, head)
-                if not nodes:
-                    continue
-                node = self.choose(state, head, nodes, now_us)
-                works = pool_view.take(state, queue, self._count(state, head), _same_spec if self.exact else None)
-                pool_view.assign(state, node, works, now_us, out)
-                is_placed = True
-                break
+        usable = [node for node in state.nodes.values() if node.is_usable]
+        waiting = [(head.order, number, queue, head) for number, (queue, head) in enumerate(pool_view.heads(state))]
+        full: set[str] = set()
+        while waiting:
+            _, number, queue, head = heappop(waiting)
+            executor = executor_of(head)
+            if executor in full:
+                continue
+            nodes = free_nodes(usable, head)
+            if not nodes:
+                if not any(has_place(node, executor) for node in usable):
+                    full.add(executor)
+                continue
+            node = self.choose(state, head, nodes, now_us)
+            works = pool_view.take(state, queue, self._count(state, head), _same_spec if self.exact else None)
+            pool_view.assign(state, node, works, now_us, out)
+            following = pool_view.oldest(state, queue)
+            if following is not None:
+                heappush(waiting, (following.order, number, queue, following))
 
     def _count(self, state: State, head: Work) -> int:
         kind = CATALOG[head.operator.type]
@@ -61,17 +69,17 @@ class Queueing:
         return min(limit, self.limit) if kind.executor == "engine" else 1
 
 
-def free_nodes(state: State, work: Work) -> list[Node]:
+def has_place(node: Node, executor: str) -> bool:
+    """Tell whether a node has a slot for one more assignment of a kind; nothing queues on a node."""
+    busy = node.busy
+    taken = busy.get("engine", 0) + busy.get("train", 0) if executor in ("engine", "train") else busy.get(executor, 0)
+    return taken < node.record.slots
+
+
+def free_nodes(nodes: Sequence[Node], work: Work) -> list[Node]:
     """Return the nodes that can begin this work now; those that failed it only if there is no other."""
-    kind = executor_of(work)
-    found = []
-    for node in state.nodes.values():
-        if not node.is_usable or node.name in work.unfit or not can_run(node.record, work):
-            continue
-        busy = node.busy
-        taken = busy.get("engine", 0) + busy.get("train", 0) if kind in ("engine", "train") else busy.get(kind, 0)
-        if taken < node.record.slots:
-            found.append(node)
+    executor = executor_of(work)
+    found = [n for n in nodes if has_place(n, executor) and n.name not in work.unfit and can_run(n.record, work)]
     return [n for n in found if n.name not in work.avoided] or found
 
 

@@ -11,6 +11,8 @@ from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.queues import Queue
 from flowmesh_scheduler.core.state import Node, State, Work, WorkState
 
+_LOOKED_AT_MAX = 64
+
 Same = Callable[[Work, Work], bool]
 
 
@@ -19,13 +21,19 @@ def heads(state: State) -> list[tuple[Queue, Work]]:
     refresh(state)
     found = []
     for key, queue in list(state.pool.items()):
-        oldest = _oldest(state, queue)
-        if oldest is not None:
-            found.append((queue, oldest[1]))
+        first = oldest(state, queue)
+        if first is not None:
+            found.append((queue, first))
         elif not queue.heaps:
             del state.pool[key]
     found.sort(key=lambda entry: entry[1].order)
     return found
+
+
+def oldest(state: State, queue: Queue) -> Work | None:
+    """Return the work of a queue that came first."""
+    found = _oldest(state, queue)
+    return None if found is None else found[1]
 
 
 def _oldest(state: State, queue: Queue) -> tuple[str, Work] | None:
@@ -47,10 +55,10 @@ def take(state: State, queue: Queue, count: int, same: Same | None = None) -> li
     taken: list[Work] = []
     others: list[Work] = []
     while len(taken) < count:
-        oldest = _oldest(state, queue)
-        if oldest is None:
+        first = _oldest(state, queue)
+        if first is None or len(others) == _LOOKED_AT_MAX:
             break
-        tenant, work = oldest
+        tenant, work = first
         entry = queue.heaps[tenant][0]
         if taken and same is not None and not same(taken[0], work):
             others.append(work)

@@ -229,16 +229,15 @@ class Simulation:
         for work in pool_view.ready(self.state):
             since_us = seen[work.key] = self._waiting_since.get(work.key, self.now_us)
             if since_us <= patient_until_us:
-                backlog = backlog_of(late, work.operator.type, work.operator.resources.vram_bytes, work.model_digests)
+                backlog = backlog_of(late, work, self.settings.batch_limit)
                 backlog.since_us = min(backlog.since_us, since_us)
-                backlog.demands.append(
-                    demand_of(work.operator.type, work.operator.params, work.inputs, next(iter(work.model_digests.values()), ""))
-                )
+                digest = next(iter(work.model_digests.values()), "")
+                backlog.demands.append(demand_of(work.operator.type, work.operator.params, work.inputs, digest))
         self._waiting_since = seen
         if late:
             supply = [w.machine for w in self.workers.values() if not w.is_leaving and w.is_idle]
             supply += self._booting.values()
-            for offer in wanted(late, supply, self.market, self.terms, self.settings.batch_limit, self.now_us / _US):
+            for offer in wanted(late, supply, self.market, self.terms, self.now_us / _US):
                 self._rent(offer)
 
     def _rent(self, offer: Offer) -> None:

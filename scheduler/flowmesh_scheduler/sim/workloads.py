@@ -19,8 +19,11 @@ from flowmesh_scheduler.sim.fleet import Offer, market
 from flowmesh_scheduler.sim.language_models import MODELS, PINNED, LanguageModel
 
 OVERLAP = 0.4
+"""Share of each document of ``mix`` that tenants have in common, unless a study varies it."""
 
-MEAN = 60.0
+_OFFERS = 200
+_HAZARD = 0.05
+_SWEEP_S = 240.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +38,17 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What happens, whatever the policy: submissions, and the hosts on offer with their hazard."""
+    """What happens, whatever the policy: submissions, and the hosts on offer: ``hosts``, or so many made up."""
 
     name: str
     seed: int
     arrivals: tuple[Arrival, ...]
     hazard_per_hour: float
     offers_count: int
+    hosts: tuple[Offer, ...] = ()
 
     def offers(self) -> list[Offer]:
-        return market(self.seed, self.offers_count, self.hazard_per_hour)
+        return list(self.hosts) or market(self.seed, self.offers_count, self.hazard_per_hour)
 
     @property
     def operators(self) -> int:
@@ -98,10 +102,10 @@ def mix(seed: int, overlap: float = OVERLAP) -> Scenario:
     """Four tenants post-train: SFT, DPO, PPO-like rounds and reward models, partly from the same recipes."""
     found = []
     for tenant in ("ada", "ben", "cyd", "dov"):
-        starts = _submit_times(6, 4 * MEAN, "mix", seed, tenant)
+        starts = _submit_times(6, _SWEEP_S, "mix", seed, tenant)
         times = [at_s + 5.0 * variant for at_s in starts for variant in range(4)]
         found += _arrivals(tenant, times, lambda index, tenant=tenant: _pipeline(tenant, index, seed, overlap))  # type: ignore[misc]
-    return Scenario("mix", seed, _ordered(found), 0.05, 40)
+    return Scenario("mix", seed, _ordered(found), _HAZARD, _OFFERS)
 
 
 def _agent(tenant: str, index: int, seed: int, models: Pick, common: int) -> Manifest:
@@ -121,7 +125,7 @@ def agents(seed: int) -> Scenario:
             return _agent(tenant, index, seed, models, 2 * (pick(5, seed, tenant, index, "c") < 2))
 
         found += _arrivals(tenant, times, write)
-    return Scenario("agents", seed, _ordered(found), 0.05, 40)
+    return Scenario("agents", seed, _ordered(found), _HAZARD, _OFFERS)
 
 
 def bursts(seed: int) -> Scenario:
@@ -137,13 +141,15 @@ def bursts(seed: int) -> Scenario:
                 else _agent(tenant, number, seed, ("chat-8b", "chat-3b"), 2 * (index % 4 == 0))
             )
             found.append(Arrival(at_s + 20.0 * index / 30, tenant, f"{tenant}-{number}", manifest))
-    return Scenario("bursts", seed, _ordered(found), 0.05, 40)
+    return Scenario("bursts", seed, _ordered(found), _HAZARD, _OFFERS)
 
 
 def steady(seed: int) -> Scenario:
     """One tenant, one workflow after the other, nothing in common between them."""
     times = _submit_times(60, 180.0, "steady", seed)
-    return Scenario("steady", seed, _ordered(_arrivals("ada", times, lambda index: _pipeline("ada", index, seed, 0.0))), 0.05, 40)
+    return Scenario(
+        "steady", seed, _ordered(_arrivals("ada", times, lambda index: _pipeline("ada", index, seed, 0.0))), _HAZARD, _OFFERS
+    )
 
 
 def preempt(seed: int) -> Scenario:
@@ -152,7 +158,7 @@ def preempt(seed: int) -> Scenario:
     for tenant in ("ada", "ben"):
         times = _submit_times(24, 300.0, "preempt", seed, tenant)
         found += _arrivals(tenant, times, lambda index, tenant=tenant: _pipeline(tenant, index, seed, 0.2))  # type: ignore[misc]
-    return Scenario("preempt", seed, _ordered(found), 3.0, 60)
+    return Scenario("preempt", seed, _ordered(found), 3.0, _OFFERS)
 
 
 def hot_model(seed: int) -> Scenario:
@@ -167,7 +173,7 @@ def hot_model(seed: int) -> Scenario:
             return _agent(tenant, index, seed, names, 2 * (pick(5, seed, tenant, index, "c") < 1))
 
         found += _arrivals(tenant, times, write)
-    return Scenario("hot-model", seed, _ordered(found), 0.05, 40)
+    return Scenario("hot-model", seed, _ordered(found), _HAZARD, _OFFERS)
 
 
 WORKLOADS: dict[str, Callable[..., Scenario]] = {
