@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from flowmesh_cas.errors import UsageError
-from flowmesh_mesh.manifest import Metered, Ref
+from flowmesh_mesh.manifest import Metered, Operator, Ref
 
 INLINE_MAX_BYTES = 512 * 1024
 """Largest workflow with its inputs that travels inside the submission; larger ones are put first."""
@@ -156,10 +156,23 @@ class Item(_Message, frozen=True):
     name: str = ""
 
 
+class Hop(_Message, frozen=True):
+    """An operator that follows another in a chain: the node runs it on what that one gave (flowmesh_mesh.hops).
+
+    Each source of ``operator`` is given content, which the hub holds, or an output of the operator before. ``salt`` is that of
+    its key, empty where the result may be shared.
+    """
+
+    operator: Operator
+    salt: bytes = b""
+
+
 class Assignment(_Message, frozen=True, tag="assignment/1"):
     """A batch for one node, under an epoch, with a lease. All items share type, models, code and engine options.
 
     ``life`` is when the node that it was given to had started: after another start nobody works on it any more.
+    ``tails`` holds for each item what follows it in a chain, in order; it is empty where nothing follows any of them. What
+    follows is attempt 1 at generation 0 of its key, and is reported like an item.
     """
 
     epoch: int
@@ -177,10 +190,12 @@ class Assignment(_Message, frozen=True, tag="assignment/1"):
     memory_bytes: int = 0
     numeric: str = "any"
     life: int = 0
+    tails: tuple[tuple[Hop, ...], ...] = ()
 
 
 class Outcome(_Message, frozen=True):
-    """What became of one item. ``reason`` is a Reason; on success ``result`` is the CID of the ResultManifest of ``outputs``.
+    """What became of one item, or of a hop of its tail. ``reason`` is a Reason; on success ``result`` is the CID of the
+    ResultManifest of ``outputs``.
 
     ``missing`` lists root CIDs that no holder could give; ``inline`` carries the blocks of small results.
     """

@@ -17,10 +17,11 @@ from flowmesh_mesh.manifest import Metered, Ref
 from flowmesh_mesh.messages import Abort, Assignment, Commit, Located, Reason, decode
 from flowmesh_node.delivery import Delivery
 from flowmesh_node.epochs import Epochs
-from flowmesh_node.held import Held, Reply
+from flowmesh_node.held import Held, Post, Reply
 from flowmesh_node.inline import Inline
 from flowmesh_node.inputs import Inputs
 from flowmesh_node.runner import Runner
+from flowmesh_node.tail import Tails, tails_of
 
 log = logging.getLogger("flowmesh.node")
 
@@ -48,6 +49,10 @@ class Intake:
     is_draining: bool = False
     taken: int = 0
     settled: int = 0
+    tails: Tails = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tails = Tails(self.inputs, self._begin, lambda: not self.is_draining)
 
     @property
     def busy(self) -> int:
@@ -98,7 +103,12 @@ class Intake:
         if self.delivery.is_complete(assignment.id):
             held.state = "answered"  # by an earlier life of this agent; its spool is being offered
             return
-        reply = Reply(held, self.delivery)
+        held.tails = tails_of(assignment)
+        self._begin(held, Reply(held, Post(held, self.delivery), self.tails))
+
+    def _begin(self, held: Held, reply: Reply) -> None:
+        """Settle at once what nothing has to wait for; let everything else run beside."""
+        assignment = held.assignment
         if assignment.type == "flow.noop" and self.epochs.is_written:
             lacking = self.inputs.lacks(located_of(assignment))
             if not lacking and self.inline.run_known(held, reply):
@@ -176,25 +186,20 @@ class Intake:
         held = self.held.pop(message.assignment, None)
         self.delivery.settle(message.assignment)
         if held is not None:
-            if held.task is not None and not held.task.done():
-                held.task.cancel()
+            held.close()
             if held.message is not None:
                 held.message.post_ack()
             self.on_change()
 
     def abort(self, message: Abort) -> None:
-        """Stop working on some items, or all; the rest of the batch goes on."""
+        """Stop working on some items and what follows them, or on all; the rest of the batch goes on."""
         if self.epochs.is_stale(message.epoch):
             log.warning("ignored an abort of epoch %d", message.epoch)
             return
         self.epochs.see(message.epoch)
         held = self.held.get(message.assignment)
-        if held is None or held.task is None or held.task.done():
-            return
-        items = held.assignment.items
-        held.aborted |= set(message.keys) or {item.key for item in items}
-        if all(held.is_aborted(items[index]) for index in range(len(items))):
-            held.task.cancel()
+        if held is not None:
+            held.stop(message.keys)
 
     async def renew(self) -> None:
         """Keep telling the broker that what is held is in hand, for ever."""
@@ -209,7 +214,7 @@ class Intake:
 
     async def stop(self) -> None:
         """Cancel what runs, without a word to the leader: another node takes it over."""
-        tasks = [held.task for held in self.held.values() if held.task is not None and not held.task.done()]
+        tasks = [task for held in self.held.values() for task in held.tasks()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,6 +11,7 @@ in order, and a replay uses them. It does hold documents, parameters and small r
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,6 +83,17 @@ _frames: msgspec.msgpack.Decoder[_Frame] = msgspec.msgpack.Decoder(_Frame)
 def encode_event(event: e.Event) -> tuple[str, bytes]:
     """Return the name of an event's class and the event as msgpack."""
     return type(event).__name__, _encoder.encode(event)
+
+
+def unsalted(event: e.Event) -> e.Event:
+    """Return an event without the salts of private work, which a core takes from nobody: the assignments found hold them."""
+    if not isinstance(event, e.Recovered):
+        return event
+    found = []
+    for each in event.assignments:
+        tails = tuple(tuple(msgspec.structs.replace(hop, salt=b"") for hop in tail) for tail in each.tails)
+        found.append(msgspec.structs.replace(each, tails=tails) if tails else each)
+    return dataclasses.replace(event, assignments=found)
 
 
 def decode_event(kind: str, data: bytes | msgspec.Raw) -> e.Event:
@@ -192,7 +204,7 @@ class Recording:
             for at_us, event, held, private, assignments in steps:
                 if assignments:
                     self._digest = chain(self._digest, assignments)
-                kind, data = encode_event(event)
+                kind, data = encode_event(unsalted(event))
                 self._put(Step(at_us, kind, msgspec.Raw(data), held, private, self._digest if assignments else b""))
                 if self._size_bytes > self._max_bytes:
                     why = "it is full"

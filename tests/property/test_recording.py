@@ -135,9 +135,9 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record
     made.close()
 
 
-def play(kind: str, seed: int) -> World:
+def play(kind: str, seed: int, settings: Settings = worlds.SETTINGS) -> World:
     draw = random.Random(f"{kind} {seed}")
-    world = World(seed, KINDS[kind], nodes=3)
+    world = World(seed, KINDS[kind], nodes=3, settings=settings)
     for request in random_requests(draw, count=6):
         world.submit(request, at_s=draw.random() * 8)
     world.run_until_calm()
@@ -218,9 +218,10 @@ def test_unchanged_settings_choose_the_same_in_a_decision_replay(recorder: Recor
 
 
 def test_changed_settings_choose_otherwise_and_leave_the_recorded_choices_alone(recorder: Recorder) -> None:
-    play("calm", 4)
+    uncopied = changed(worlds.SETTINGS, ["speculation_share=0"])  # copies of stragglers are no choice of a round
+    play("calm", 4, uncopied)
     (path,) = recorder.close()
-    compared = Comparison(changed(worlds.SETTINGS, ["depth_limit.inline=0", "batch_limit.data=1"]))
+    compared = Comparison(changed(uncopied, ["depth_limit.inline=0", "batch_limit.data=1"]))
     told = replay(path, compared)
     assert told.is_same
     assert told.made == replay(path).made

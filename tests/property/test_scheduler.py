@@ -7,10 +7,11 @@ import random
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from tests.unit.scheduler.oracle import judge
 from tests.unit.scheduler.workload import random_requests, random_workflow
-from tests.unit.scheduler.world import Faults, Request, World
+from tests.unit.scheduler.world import SETTINGS, Faults, Request, World
 
 from flowmesh_mesh.manifest import ResultRecord, decode_record, record_cid
 from flowmesh_scheduler.core.settings import Settings
@@ -86,15 +87,35 @@ def test_every_accepted_run_ends_as_the_oracle_says(kind: str) -> None:
             raise AssertionError(f"kind {kind!r}, seed {seed}: {error}") from error
 
 
+UNFOLDED = msgspec.structs.replace(SETTINGS, fold_hops=0, speculation_share=0.0)
+
+
 def test_in_a_calm_world_every_key_is_computed_once() -> None:
+    """Without folding, whose nodes do not know of a hop whether somebody else is at it, and without copies of stragglers."""
     for seed in range(SEEDS):
         draw = random.Random(seed)
-        world = World(seed, CALM)
+        world = World(seed, CALM, settings=UNFOLDED)
         for request in random_requests(draw, is_kind=True, count=4):
             world.submit(request, at_s=draw.random())
         world.run_until_calm()
         assert world.executions == len(world.results), f"seed {seed}"
         assert {generation for _, generation in world.results} == {0}
+
+
+def test_folded_or_not_a_calm_world_makes_the_same_results_of_the_same_keys() -> None:
+    folded = 0
+    for seed in range(SEEDS):
+        made = []
+        for settings in (SETTINGS, UNFOLDED):
+            world = World(seed, CALM, settings=settings)
+            for request in random_requests(random.Random(seed), is_kind=True, count=4):
+                world.submit(request)
+            world.run_until_calm()
+            records = {slot: decode_record(block, ResultRecord) for slot, block in world.results.items()}
+            made.append({slot: (record.result, record.operator) for slot, record in records.items()})
+            folded += max(0, len(world.results) - len(world.given)) if settings is SETTINGS else 0
+        assert made[0] == made[1], f"seed {seed}"
+    assert folded, "nothing was folded"
 
 
 def test_a_node_that_lies_cannot_keep_a_run_from_its_end_nor_answer_for_another() -> None:

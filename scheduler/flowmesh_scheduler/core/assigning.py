@@ -9,6 +9,7 @@ from flowmesh_mesh.messages import Assignment, Item, Located
 from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Assign
 from flowmesh_scheduler.core.devices import device_class
+from flowmesh_scheduler.core.folding import fold
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import executor_of, hand_over
 from flowmesh_scheduler.core.state import Node, Outstanding, State, VertexState, Work, WorkState
@@ -33,6 +34,7 @@ def assign(
     factor = fairness.factor_of(works, predicted_s)
     items = tuple(_item(state, work, identity, node.name, factor, now_us, out) for work in works)
     code = head.operator.code
+    folded = fold(state, node, works)
     assignment = Assignment(
         epoch=state.epoch,
         id=identity,
@@ -49,6 +51,7 @@ def assign(
         memory_bytes=max(w.operator.resources.memory_bytes for w in works),
         numeric=head.operator.numeric,
         life=node.record.started_at_us,
+        tails=folded.tails,
     )
     keys = {w.key: w for w in works}
     outstanding = Outstanding(
@@ -62,13 +65,14 @@ def assign(
         device=node.klass.device if node.klass is not None else device_class(node.record),
         max_steps=max(w.steps for w in works),
         sum_units=sum(w.units for w in works),
-        predicted_s=predicted_s,
+        predicted_s=predicted_s + folded.seconds,
+        chains=folded.chains,
     )
     hand_over(state, node, outstanding)
     if head.model:
         node.resident |= {head.model}
     if node.klass is not None and predicted_s:
-        heappush(node.klass.ends, (now_us + int(predicted_s * 1e6), identity))
+        heappush(node.klass.ends, (now_us + int(outstanding.predicted_s * 1e6), identity))
     may_run_in_vain = all(w.operator.determinism != "effect" for w in works)
     out.assigns.append(Assign(assignment, why, may_run_in_vain))
     return identity

@@ -185,6 +185,7 @@ def _check_outstanding(state: State, outstanding: Outstanding) -> None:
 
     Invariant: something of it is open, all of that is known work which names it, and it is listed by its node.
     Invariant: what still runs is open.
+    Invariant: a chain goes on from work that is open and not yet done, and somewhere.
     """
     assert outstanding.open, f"assignment {outstanding.id} has nothing open"
     for key, work in outstanding.open.items():
@@ -192,6 +193,9 @@ def _check_outstanding(state: State, outstanding: Outstanding) -> None:
         assert outstanding.id in (work.assignment, work.copy)
         assert work.state in (WorkState.ASSIGNED, WorkState.COMMITTING)
     assert outstanding.running <= outstanding.open.keys()
+    for key, chain in outstanding.chains.items():
+        assert outstanding.open[key].state is WorkState.ASSIGNED, f"a chain of {outstanding.id} hangs on what is done"
+        assert chain.rest, f"a chain of {outstanding.id} leads nowhere"
     assert state.nodes[outstanding.node].assignments.get(outstanding.id) is outstanding
 
 

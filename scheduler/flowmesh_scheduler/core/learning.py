@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from flowmesh_mesh.catalog import CATALOG
+from flowmesh_mesh.manifest import Metered
 from flowmesh_mesh.messages import Outcome, Reason
 from flowmesh_scheduler.core import health
-from flowmesh_scheduler.core.state import Outstanding, State
+from flowmesh_scheduler.core.state import Outstanding, State, Work
 
 
 def expect(state: State, outstanding: Outstanding) -> None:
@@ -21,7 +23,7 @@ def gather(state: State, outstanding: Outstanding, outcome: Outcome) -> None:
 
     An outcome that comes twice counts once: the key is not among those ``running`` the second time.
     """
-    if not outstanding.items or outcome.key not in outstanding.running:
+    if not outstanding.items or outcome.key not in outstanding.running or outcome.key in outstanding.folded:
         return
     if outcome.reason != Reason.SUCCEEDED:
         outstanding.items = 0
@@ -35,6 +37,16 @@ def gather(state: State, outstanding: Outstanding, outcome: Outcome) -> None:
     outstanding.succeeded += 1
     if outstanding.succeeded == outstanding.items:
         _learn(state, outstanding)
+
+
+def note_hop(state: State, outstanding: Outstanding, work: Work, metered: Metered) -> None:
+    """Learn from a hop of a chain that has succeeded: a batch of its own."""
+    if CATALOG[work.operator.type].executor != "inline" and outstanding.device:
+        steps, units = work.size
+        kind, device, node = work.cost_kind, outstanding.device, outstanding.node
+        expected_s = state.costs.exec_s(kind, device, node, steps, units)
+        exec_s, fetch_s = max(metered.exec_us, 0) / 1e6, max(metered.fetch_us, 0) / 1e6
+        state.costs.note_batch(kind, device, node, steps, units, exec_s, 0.0, fetch_s, max(metered.bytes_fetched, 0), expected_s)
 
 
 def _learn(state: State, outstanding: Outstanding) -> None:

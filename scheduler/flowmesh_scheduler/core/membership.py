@@ -99,7 +99,8 @@ def _give_back(state: State, node: Node, assignment: str, now_us: int, out: Outb
             for work in idle:
                 work.nodes_lost -= 1
                 work.lost_on = work.lost_on[:-1]
-        adopt(state, node, assignment, {w: w.issued[assignment][0] for w in idle}, now_us, out)
+        chains = {w.key: taken.chains[w.key] for w in idle if w.key in taken.chains}
+        adopt(state, node, assignment, {w: w.issued[assignment][0] for w in idle}, chains, now_us, out)
     return True
 
 
@@ -145,7 +146,8 @@ def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_l
     name, life = outstanding.node, state.nodes[outstanding.node].record.started_at_us
     held = [w for w in outstanding.open.values() if w.state is WorkState.ASSIGNED]
     works = dict.fromkeys(release(state, outstanding, out))
-    take_back(state, outstanding.id, TakenBack(name, life, tuple(w.key for w in held), counts_as_loss))
+    keys = tuple(w.key for w in held)
+    take_back(state, outstanding.id, TakenBack(name, life, keys, counts_as_loss, outstanding.chains))
     for work in held:
         work.avoided |= {name}
         if counts_as_loss:

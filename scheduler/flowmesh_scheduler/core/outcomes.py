@@ -14,7 +14,8 @@ from flowmesh_scheduler.core import fairness, health, speculation
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.events import Committed, DoneReceived
 from flowmesh_scheduler.core.fleet import can_run
-from flowmesh_scheduler.core.learning import gather
+from flowmesh_scheduler.core.folding import chains_of, follow
+from flowmesh_scheduler.core.learning import gather, note_hop
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import (
     close_if_empty,
@@ -50,8 +51,12 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
     late: dict[bytes, Work] = {}
     blamed: list[str] = []
     sample: Work | None = None
+    chains = chains_of(state, done, outstanding)
+    ahead = {outcome.key: True for outcome in done.outcomes} if chains else {}
     for index, outcome in enumerate(done.outcomes):
         work = state.works.get(outcome.key)
+        if chains:
+            ahead[outcome.key] = False
         if work is not None and _is_expected(work, outcome, done):
             if outcome.reason == Reason.SUCCEEDED and _is_sound(outcome):
                 if not tree:
@@ -70,6 +75,10 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                 _succeed(state, work, outcome, done, receipt, event.blocks, now_us, out)
                 if work.state is WorkState.COMMITTING:
                     late[work.key] = work
+                if outstanding is not None and work.key in outstanding.folded:
+                    note_hop(state, outstanding, work, outcome.metered)
+                if work.key in chains:
+                    follow(state, done, work, ahead, now_us, out)
             elif done.assignment in (work.assignment, work.copy):
                 blamed.append(_reason_of(outcome))
                 _forget(outstanding, work)
@@ -133,6 +142,7 @@ def _answer_late(state: State, done: Done, out: Outbox) -> None:
 def _forget(outstanding: Outstanding | None, work: Work) -> None:
     if outstanding is not None:
         outstanding.open.pop(work.key, None)
+        outstanding.chains.pop(work.key, None)
 
 
 def _succeed(

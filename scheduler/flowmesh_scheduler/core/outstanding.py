@@ -11,7 +11,7 @@ from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Release, Tell
 from flowmesh_scheduler.core.learning import expect
 from flowmesh_scheduler.core.outbox import Outbox
-from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import Chain, Node, Outstanding, State, TakenBack, VertexState, Work, WorkState
 
 _TAKEN_BACK_LIMIT = 10_000
 
@@ -21,13 +21,17 @@ def hand_over(state: State, node: Node, outstanding: Outstanding) -> None:
     state.assignments[outstanding.id] = node.assignments[outstanding.id] = outstanding
     if outstanding.running:
         outstanding.tenants = tuple(dict.fromkeys(fairness.tenant_of(work) for work in outstanding.open.values()))
-        fairness.occupy(state, outstanding.tenants)
         expect(state, outstanding)
         outstanding.count = len(outstanding.running)
-        busy = node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
-        if busy <= width(node, outstanding.executor):
-            _begin(state, outstanding)
-        state.touch(node)
+        _take_slot(state, node, outstanding)
+
+
+def _take_slot(state: State, node: Node, outstanding: Outstanding) -> None:
+    fairness.occupy(state, outstanding.tenants)
+    busy = node.busy[outstanding.executor] = node.busy.get(outstanding.executor, 0) + 1
+    if busy <= width(node, outstanding.executor) and not outstanding.begun_us:
+        _begin(state, outstanding)
+    state.touch(node)
 
 
 def width(node: Node, kind: str) -> int:
@@ -47,21 +51,43 @@ def _begin(state: State, outstanding: Outstanding) -> None:
         heappush(state.copies.due, (state.now_us + late_us, outstanding.id))
 
 
-def adopt(state: State, node: Node, assignment: str, attempts: Mapping[Work, int], now_us: int, out: Outbox) -> None:
+def adopt(
+    state: State,
+    node: Node,
+    assignment: str,
+    attempts: Mapping[Work, int],
+    chains: dict[bytes, Chain],
+    now_us: int,
+    out: Outbox,
+) -> None:
     """Let work go on in an assignment that its node has in hand; ``attempts`` tells which attempt each is."""
     for work, attempt in attempts.items():
-        fairness.begin(state, work)
-        work.state = WorkState.ASSIGNED
-        work.assignment = assignment
-        work.not_before_us = 0
-        work.attempts = max(work.attempts, attempt)
-        work.issue(assignment, attempt, node.name)
-        for vertex in work.waiters:
-            vertex.node, vertex.attempt, vertex.started_at_us = node.name, attempt, now_us
-            out.set_state(vertex, VertexState.ASSIGNED)
+        _run_in(state, work, assignment, node.name, attempt, now_us, out)
     executor = executor_of(next(iter(attempts)))
     works = {work.key: work for work in attempts}
-    hand_over(state, node, Outstanding(assignment, node.name, executor, works, set(works), now_us))
+    hand_over(state, node, Outstanding(assignment, node.name, executor, works, set(works), now_us, chains=chains))
+
+
+def _run_in(state: State, work: Work, assignment: str, node: str, attempt: int, now_us: int, out: Outbox) -> None:
+    fairness.begin(state, work)
+    work.state = WorkState.ASSIGNED
+    work.assignment = assignment
+    work.not_before_us = 0
+    work.attempts = max(work.attempts, attempt)
+    work.issue(assignment, attempt, node)
+    for vertex in work.waiters:
+        vertex.node, vertex.attempt, vertex.started_at_us = node, attempt, now_us
+        out.set_state(vertex, VertexState.ASSIGNED)
+
+
+def join(state: State, outstanding: Outstanding, work: Work, now_us: int, out: Outbox) -> None:
+    """Let new work run in an assignment whose node goes on to it by itself; it is the first attempt."""
+    _run_in(state, work, outstanding.id, outstanding.node, 1, now_us, out)
+    if not outstanding.running:
+        _take_slot(state, state.nodes[outstanding.node], outstanding)
+    outstanding.running.add(work.key)
+    outstanding.open[work.key] = work
+    outstanding.folded.add(work.key)
 
 
 def take_back(state: State, assignment: str, taken: TakenBack) -> None:
@@ -130,6 +156,7 @@ def stop_attempt(state: State, work: Work, identity: str, reason: str, out: Outb
     outstanding = state.assignments.get(identity)
     if outstanding is None or outstanding.open.pop(work.key, None) is None:
         return
+    outstanding.chains.pop(work.key, None)
     out.add(Tell(outstanding.node, Abort(state.epoch, outstanding.id, (work.key,), reason)))
     note_answer(state, outstanding, work.key)
     close_if_empty(state, outstanding, out)

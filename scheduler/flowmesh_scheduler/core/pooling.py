@@ -56,7 +56,7 @@ def push(state: State, work: Work) -> None:
         kind = CATALOG[work.operator.type]
         queue = Queue(key, state.take_order(), MARKETS[kind.executor], work.model, state.shares, kind.batches)
         state.pool[key] = queue
-    work.seconds = _seconds(state, work)
+    work.seconds = seconds_of(state, work)
     if any(vertex.run.deadline_us for vertex in work.waiters):
         note_deadlines(state, work)
     fairness.enter(state, work, work.seconds)
@@ -65,7 +65,7 @@ def push(state: State, work: Work) -> None:
     state.unsettled.add(queue.market)
 
 
-def _seconds(state: State, work: Work) -> float:
+def seconds_of(state: State, work: Work) -> float:
     """Return what work takes of a usual node's time as one of a batch."""
     reference = state.fleet.reference
     line = state.costs.line(work.cost_kind, reference.device if reference is not None else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flowmesh_cas.cid import digest_of
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
 from flowmesh_mesh.messages import Assignment, Reason
@@ -9,10 +11,11 @@ from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.commands import Release
 from flowmesh_scheduler.core.ending import stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
+from flowmesh_scheduler.core.folding import resume
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import adopt, take_back
 from flowmesh_scheduler.core.planning import deliver, identify, inputs_of, settle, start_run
-from flowmesh_scheduler.core.state import Result, Run, State, TakenBack, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import Chain, Result, Run, State, TakenBack, Vertex, VertexState, Work, WorkState
 
 
 def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> None:
@@ -88,7 +91,18 @@ def _follow_results(state: State, run: Run, out: Outbox) -> None:
         out.entering.clear()
 
 
-def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> None:
+def readopt_all(state: State, assignments: Sequence[Assignment], now_us: int, out: Outbox) -> None:
+    """Let the assignments of earlier epochs go on, those with chains from where the ledger shows that they have come."""
+    starts: dict[bytes, list[Vertex]] = {item.key: [] for each in assignments if each.tails for item in each.items}
+    if starts:
+        for vertex in (vertex for run in state.runs.values() for vertex in run.vertices):
+            if vertex.key in starts:
+                starts[vertex.key].append(vertex)
+    for assignment in assignments:
+        _readopt(state, assignment, starts, now_us, out)
+
+
+def _readopt(state: State, assignment: Assignment, starts: dict[bytes, list[Vertex]], now_us: int, out: Outbox) -> None:
     """An assignment of an earlier epoch goes on where its node is known and has not started again.
 
     Otherwise it is released, and so is a second attempt beside one that goes on; what its node may have done of it is taken
@@ -97,20 +111,26 @@ def readopt(state: State, assignment: Assignment, now_us: int, out: Outbox) -> N
     node = state.nodes.get(assignment.node)
     attempts: dict[Work, int] = {}
     beside: dict[Work, int] = {}
-    for item in assignment.items:
-        work = state.works.get(item.key)
-        if work is None or work.is_hit or work.generation != item.generation:
+    chains: dict[bytes, Chain] = {}
+    for number, item in enumerate(assignment.items):
+        found = resume(state, assignment, number, starts.get(item.key, ()))
+        work, chain = found or (state.works.get(item.key), None)
+        is_item = work is not None and work.key == item.key
+        if work is None or work.is_hit or work.generation != (item.generation if is_item else 0):
             continue
         if work.state in (WorkState.QUEUED, WorkState.LOCATING):
-            attempts[work] = item.attempt
-        elif work.state is WorkState.ASSIGNED:
+            attempts[work] = item.attempt if is_item else 1
+            if chain is not None and chain.rest:
+                chains[work.key] = chain
+        elif work.state is WorkState.ASSIGNED and is_item:
             beside[work] = item.attempt
     if node is not None and attempts and assignment.life == node.record.started_at_us:
-        adopt(state, node, assignment.id, attempts, now_us, out)
+        adopt(state, node, assignment.id, attempts, chains, now_us, out)
     else:
         out.add(Release(assignment.id, assignment.node))
         beside |= attempts
-        take_back(state, assignment.id, TakenBack(assignment.node, assignment.life, tuple(w.key for w in beside), False))
+        keys = tuple(w.key for w in beside)
+        take_back(state, assignment.id, TakenBack(assignment.node, assignment.life, keys, False, chains))
     for work, attempt in beside.items():
         work.attempts = max(work.attempts, attempt)
         work.issue(assignment.id, attempt, assignment.node)

@@ -108,6 +108,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ablate: tuple[str, ...] = ()
     """Parts switched off, to measure what they bring: batching, locality, learning, fairness."""
 
+    fold_hops: int = 64
+    """Most operators that follow the items of one assignment in chains and run with it, all together; 0: none do."""
+
+    fold_s: float = 0.1
+    """A step of the chains of an assignment is folded if it takes no longer than this for all its items: beside slower work the
+    round trip is nothing, and other nodes could share it."""
+
     lease_s: float = 10.0
     """Lease of an assignment as told to the node, renewed by its heartbeat."""
 

@@ -95,6 +95,7 @@ def _may_be_copied(work: Work, late: Outstanding) -> bool:
         and work.assignment == late.id
         and not work.copy
         and not work.is_copied
+        and work.key not in late.folded
         and work.operator.determinism != "effect"
     )
 

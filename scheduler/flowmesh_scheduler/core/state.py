@@ -261,10 +261,19 @@ class Node:
 
 
 @dataclass(slots=True, eq=False)
+class Chain:
+    """What follows an operator on its node: indices of the run's vertices, the next one last."""
+
+    run: tuple[str, str]
+    rest: list[int]
+
+
+@dataclass(slots=True, eq=False)
 class Outstanding:
     """An assignment on a node: which work is still open, and of which the node has yet to tell the outcome (``running``).
 
     ``count`` is how many operators it had; ``begun_us`` when the node could begin with it, 0 while it waits there.
+    ``chains`` holds, by the key of open work, what its node goes on to once that is done; ``folded`` what it has gone on to.
     """
 
     id: str
@@ -290,6 +299,8 @@ class Outstanding:
     load_us: int = 0
     fetch_us: int = 0
     bytes_fetched: int = 0
+    chains: dict[bytes, Chain] = field(default_factory=dict)
+    folded: set[bytes] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -300,6 +311,7 @@ class TakenBack:
     started_at_us: int
     keys: tuple[bytes, ...]
     counts_as_loss: bool
+    chains: dict[bytes, Chain] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

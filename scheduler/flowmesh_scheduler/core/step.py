@@ -57,8 +57,7 @@ def step(state: State, event: Event, now_us: int, placer: Placer = place) -> lis
     _HANDLERS[type(event)](state, event, now_us, out)
     _drain(state, out)
     if type(event) is Recovered:
-        for assignment in event.assignments:
-            recovery.readopt(state, assignment, now_us, out)
+        recovery.readopt_all(state, event.assignments, now_us, out)
     if state.ward.patients:
         canaries.place(state, now_us, out)
     placer(state, now_us, out)
@@ -80,7 +79,7 @@ def _drain(state: State, out: Outbox) -> None:
                 planning.enter(state, vertex, out)
         works, out.queueing = out.queueing, []
         for work in works:
-            if state.works.get(work.key) is not work or work.state is WorkState.COMMITTING:
+            if state.works.get(work.key) is not work or work.state is WorkState.COMMITTING or work.assignment:
                 continue
             if work.waiters:
                 pooling.queue(state, work, out)

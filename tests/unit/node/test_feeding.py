@@ -17,7 +17,7 @@ from flowmesh_node import executors, frames
 from flowmesh_node.delivery import Delivery
 from flowmesh_node.executor import Watch
 from flowmesh_node.executors import Executors
-from flowmesh_node.held import Held, Reply
+from flowmesh_node.held import Held, Post, Reply
 from flowmesh_node.inputs import Cache, Inputs
 from flowmesh_node.operators import engine, generate, score, selftest
 from flowmesh_node.operators.base import Batch, Model, Produced, value
@@ -89,7 +89,7 @@ class _Node:
         items = tuple(Item(name.encode() + bytes([n]), 0, 1, params, {}, name) for n in range(count))
         held = self.held[name] = Held(Assignment(1, name, "n", "flow.delay", 1, "delay", items), None)
         self.gates[name] = asyncio.Event()
-        reply = Reply(held, cast(Delivery, self.delivery))
+        reply = Reply(held, Post(held, cast(Delivery, self.delivery)))
         return asyncio.create_task(self.runner.run(held, reply, range(count), "engine", Metered()))
 
 

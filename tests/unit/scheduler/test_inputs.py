@@ -10,10 +10,12 @@ from tests.unit.scheduler.flows import SECOND, Source, chain, content, operator,
 from flowmesh_mesh.messages import Outcome
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
+from flowmesh_scheduler.core.settings import Settings
 
 
 def desk(*nodes: str, **fields: Any) -> Desk:
-    made = Desk(**fields)
+    """Return a desk at which every operator has an assignment of its own."""
+    made = Desk(settings=Settings(fold_hops=0), **fields)
     made.join(*(nodes or ("n1", "n2")))
     return made
 

@@ -15,6 +15,7 @@ from heapq import heappop, heappush
 
 from msgspec.structs import replace
 from tests.unit.scheduler.flows import SECOND, manifest_cid, node_record, result_of
+from tests.unit.scheduler.tails import Tails
 
 from flowmesh_cas.cid import RAW, cid_of
 from flowmesh_mesh.manifest import Acceptance, Manifest, Metered, ResultRecord, RunEnd, decode_record, record_cid
@@ -74,6 +75,7 @@ class SimNode:
     held: dict[str, Assignment] = field(default_factory=dict)
     left: dict[str, dict[bytes, Item]] = field(default_factory=dict)
     spool: dict[str, list[Part]] = field(default_factory=dict)
+    tails: dict[str, Tails] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -417,6 +419,7 @@ class World:
         if any(part.done.last for part in node.spool.get(assignment.id, ())):
             return
         node.left[assignment.id] = {item.key: item for item in assignment.items}
+        node.tails[assignment.id] = Tails(assignment)
         life = node.record.started_at_us
         for item in assignment.items:
             self._later(self.random.choice((0.01, 0.1, 1.0, 6.0)), partial(self._finish, node, life, assignment, item))
@@ -429,7 +432,15 @@ class World:
             self._sabotage(node, assignment, item)
             return
         del left[item.key]
-        self._report(node, assignment, [self._execute(node, assignment, item)])
+        outcome, blocks = self._execute(node, assignment, item)
+        tail = node.tails[assignment.id].of(item.key)
+        found = tail.next(outcome, node.name) if tail is not None and self.random.random() < 0.95 else None
+        if found is not None:
+            after, kind = found
+            left[after.key] = after
+            action = partial(self._finish, node, life, replace(assignment, type=kind), after)
+            self._later(self.random.choice((0.001, 0.01, 0.1, 1.0)), action)
+        self._report(node, assignment, [(outcome, blocks)])
 
     def _sabotage(self, node: SimNode, assignment: Assignment, item: Item) -> None:
         """Answer as no honest node would."""
@@ -455,10 +466,16 @@ class World:
         self._report(node, assignment, [(outcome, {})])
 
     def _report(self, node: SimNode, assignment: Assignment, outcomes: list[tuple[Outcome, dict[bytes, bytes]]]) -> None:
+        """Report what has happened, and what was gathered before; or gather it, while there is more to come."""
+        unsent = node.tails[assignment.id].unsent
+        unsent += outcomes
+        is_last = not node.left[assignment.id]
+        if not is_last and self.random.random() < 0.3:
+            return
+        outcomes, unsent[:] = list(unsent), []
         blocks: dict[bytes, bytes] = {}
         for _, inline in outcomes:
             blocks.update(inline)
-        is_last = not node.left[assignment.id]
         told = tuple(outcome for outcome, _ in outcomes)
         done = Done(node.name, assignment.id, assignment.epoch, told, f"U{node.name}", b"signed", last=is_last)
         part = Part(done, blocks, self.now_us)
@@ -490,11 +507,12 @@ class World:
             if message.closed:
                 if message.assignment in node.held:
                     self.stream.pop(message.assignment, None)
-                for known in (node.held, node.left, node.spool):
+                for known in (node.held, node.left, node.spool, node.tails):
                     known.pop(message.assignment, None)
             return
         left = node.left.get(message.assignment, {})
-        gone = [left.pop(key) for key in list(left) if not message.keys or key in message.keys]
+        meant = node.tails[message.assignment].meant(message.keys or tuple(left)) if left else set()
+        gone = [left.pop(key) for key in list(left) if key in meant]
         if gone:
             outcomes = [Outcome(i.key, i.generation, i.attempt, "cancelled", error="stopped by the leader") for i in gone]
             self._report(node, node.held[message.assignment], [(outcome, {}) for outcome in outcomes])
@@ -585,6 +603,7 @@ class World:
         node.is_alive = False
         node.held.clear()
         node.left.clear()
+        node.tails.clear()
         if not keeps_blocks:
             node.blocks.clear()
         if not keeps_spool:
