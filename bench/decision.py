@@ -1,9 +1,9 @@
 """What a decision costs: the core alone, a thousand nodes of eight kinds, two hundred batch keys, so many ready operators.
 
-The operators become ready while the core is cut off; then it gets its nodes back and works everything off: each batch is answered, its
-results are committed, the freed node gets the next. Counted is the time inside ``step`` from then on, per operator; not counted is
-encoding (result records, receipts), which is the ledger's, and what the benchmark itself does. Memory is what the process grew by
-while the operators became ready, the workflow's own records not counted.
+The operators become ready while the core is cut off; then it gets its nodes back and works everything off: each batch is
+answered, its results are committed, the freed node gets the next. Counted is the time inside ``step`` from then on, per operator. Not
+counted is encoding (result records, receipts), which is the ledger's, and what the benchmark itself does. Memory is what the
+process grew by while the operators became ready, the workflow's own records not counted.
 
 ``python -m bench.decision COUNT [FILE]`` measures one size in a process of its own.
 """
@@ -61,11 +61,11 @@ class _Aside:
         function: Callable[..., Any] = getattr(module, name)
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            began_ns = time.thread_time_ns()
+            began_ns = time.perf_counter_ns()
             try:
                 return function(*arguments, **named)
             finally:
-                self.ns += time.thread_time_ns() - began_ns
+                self.ns += time.perf_counter_ns() - began_ns
 
         setattr(module, name, timed)
 
@@ -115,9 +115,9 @@ class _Bench:
         """Let the core decide; the ledger shows at once what it is to be told."""
         events: deque[e.Event] = deque([event])
         while events:
-            began_ns = time.thread_time_ns()
+            began_ns = time.perf_counter_ns()
             commands = step(self.state, events.popleft(), self.now_us)
-            self.step_ns += time.thread_time_ns() - began_ns
+            self.step_ns += time.perf_counter_ns() - began_ns
             for command in commands:
                 if isinstance(command, c.Assign):
                     self.assigned.append(command)

@@ -1,7 +1,7 @@
 """Deadlines of stages: what is left until a run's deadline is divided along the longest path that is left.
 
-An operator's part is its predicted time to that of the path from it to the end, looked at anew when it becomes ready: time that an
-earlier stage saved or lost goes on to those that follow (two-level scheduling as in HexGen-Flow).
+An operator's part is its predicted time to that of the path from it to the end, looked at anew when it becomes ready: time that
+an earlier stage saved or lost goes on to those that follow (two-level scheduling as in HexGen-Flow).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each market (kinds of executor that compete for the same slots) is cleared by itself. Every class of equal nodes ranks the queues
 by what a second of such a node earns with their first batch; a rank is looked at again only when its queue has changed. Of the
 best few queues each candidate (batch, node) is weighed with what that very node holds; where nodes are scarce, a node's time has
-the price that the next best queue would pay.
+the price of the wait of those who wanted it too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,23 @@ from flowmesh_scheduler.core.classes import ORDER, NodeClass, Rank
 from flowmesh_scheduler.core.feeding import expect_end, nodes_to_feed
 from flowmesh_scheduler.core.fleet import can_run, refresh
 from flowmesh_scheduler.core.health import may_take
+from flowmesh_scheduler.core.matching import NODES_MAX, QUEUES_MAX, Pair, best_match
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import executor_of
-from flowmesh_scheduler.core.pricing import Base, base_of, factors_of, held_back, lingers, rank_of, usd_per_s, wish_of
+from flowmesh_scheduler.core.pricing import (
+    Base,
+    base_of,
+    delay_usd_per_s,
+    factors_of,
+    held_back,
+    lingers,
+    place_of,
+    rank_of,
+    usd_per_s,
+    wish_of,
+)
 from flowmesh_scheduler.core.queues import Queue
+from flowmesh_scheduler.core.splitting import Place, batches_of
 from flowmesh_scheduler.core.state import Node, State, Work
 from flowmesh_scheduler.core.utility import Factors, score, terms
 
@@ -37,6 +50,7 @@ _NODES_WEIGHED = 4
 """With so few idle nodes in a class each is weighed; of more, the likely ones."""
 
 _NODES_COMPARED = 8
+_WARM_COUNTED = 64
 _ALTERNATIVES_KEPT = 3
 
 
@@ -116,9 +130,12 @@ class _Round:
             self._feed(out)
             self._note_recheck()
             return
+        if market == "engine" and 1 < sum(len(c.idle[market]) for c in self.classes) <= NODES_MAX:
+            self._match(out)
         best: list[tuple[float, int, int, Candidate]] = []
         for klass in self.classes:
-            self._push(best, klass)
+            if klass.idle[market]:
+                self._push(best, klass)
         while best:
             _, _, version, chosen = heappop(best)
             if version == chosen.queue.version and chosen.node.name in chosen.klass.idle[market]:
@@ -131,6 +148,35 @@ class _Round:
         self._feed(out)
         self._note_recheck()
 
+    def _match(self, out: Outbox) -> None:
+        """Bring a few idle nodes and the queues that rank first together in the best of all ways."""
+        found: dict[tuple[int, str], Candidate] = {}
+        times: dict[int, int] = {}
+        entries: dict[Queue, Entry] = {}
+        for klass in self.classes:
+            heaps = klass.ranking[self.market].heaps
+            for entry in self._take_first(klass, QUEUES_MAX):
+                heappush(heaps.setdefault(entry[4], []), entry[:4])
+                entries.setdefault(entry[3], entry)
+        least_tag = min((self.state.shares.tag(entry[4]) for entry in entries.values()), default=0.0)
+        for queue in list(entries)[:QUEUES_MAX]:
+            for klass in self.classes:
+                if not self._is_able(queue, klass) or queue in klass.ranking[self.market].kept:
+                    continue
+                base = self._base(queue, klass, least_tag)
+                for node in self._likely(queue, klass):
+                    candidate = self._best_node(queue, base, klass, [node])
+                    if candidate is not None:
+                        found[queue.number, node.name] = candidate
+                        times[queue.number] = max(times.get(queue.number, 1), base.batches)
+        nodes = list(dict.fromkeys(node for _, node in found))
+        pairs = {pair: Pair(c.score, c.factors.seconds, c.factors.delay_usd_per_s) for pair, c in found.items()}
+        self.weighed += found.values()
+        for pair in best_match(nodes, pairs, times):
+            chosen = found[pair]
+            if chosen.node.name in chosen.klass.idle[self.market] and not self._is_held_back(chosen):
+                self._assign(chosen, out)
+
     def _feed(self, out: Outbox) -> None:
         """Let nodes that are about to end a batch have the next of the same kind."""
         state = self.state
@@ -141,7 +187,7 @@ class _Round:
             if klass is None or head is None or klass.idle[self.market]:
                 continue
             base = self._base(queue, klass, state.shares.tag(head.tenant))
-            factors = factors_of(state, queue, head, base, klass, node, 0.0)
+            factors = factors_of(state, queue, head, base, klass, node)
             self._assign(Candidate(score(factors), queue, klass, node, base, factors), out)
 
     def _may_have(self, node: Node, head: Work) -> bool:
@@ -178,13 +224,13 @@ class _Round:
                     heappush(heaps.setdefault(tenant, []), (-rank, queue.number, queue.version, queue))
         return heaps
 
-    def _take_first(self, klass: NodeClass) -> list[Entry]:
+    def _take_first(self, klass: NodeClass, wanted: int = 0) -> list[Entry]:
         """Take the entries of the queues that rank first: by what they earn, and by whose turn it is."""
         heaps, kept = self._entries(klass), klass.ranking[self.market].kept
         shares, scale_s = self.state.shares, self.state.settings.fair_scale_s
         is_fair = "fairness" not in self.state.settings.ablate
         is_scarce = self.market == "engine" and len(klass.idle[self.market]) < _QUEUES_WEIGHED
-        wanted = _QUEUES_WEIGHED if is_scarce else 1
+        wanted = wanted or (_QUEUES_WEIGHED if is_scarce else 1)
         found: dict[Queue, Entry] = {}
         heads, may_start = [], self.state.start_check
         for tenant in list(heaps):
@@ -238,17 +284,37 @@ class _Round:
             able = queue.able[klass.number] = can_run(klass.sample, head)
         return able
 
-    def _slots(self, queue: Queue) -> int:
-        """Return among how many places the queue could be divided: idle nodes, or for kinds that queue on a node all of them."""
-        depth = self.state.settings.depth_limit.get(self.market, 1)
-        if self.market == "engine" or depth == 1:
-            slots = 0
+    def _batches(self, queue: Queue, head: Work, wish: float) -> int:
+        """Return into how many batches the queue is cut now: over idle nodes, or for kinds that queue on a node over all."""
+        state = self.state
+        if self.market != "engine":
+            depth = state.settings.depth_limit.get(self.market, 1)
+            able = [c for c in state.fleet.classes.values() if self._is_able(queue, c)]
+            return depth * sum(len(c.nodes) * c.sample.slots for c in able)
+        if not queue.is_batching or queue.count == 1:
+            return 1
+        idle = sum(len(c.idle[self.market]) for c in self.classes)
+        if idle == 1:
+            return 1
+        if queue.split[:2] != (queue.version, idle):
+            places: list[Place] = []
             for klass in self.classes:
-                if queue.able.get(klass.number) or self._is_able(queue, klass):
-                    slots += len(klass.idle[self.market])
-            return slots
-        able = [c for c in self.state.fleet.classes.values() if self._is_able(queue, c)]
-        return depth * sum(len(c.nodes) * c.sample.slots for c in able)
+                if self._is_able(queue, klass):
+                    places += self._places(queue, head, klass)
+            batches = batches_of(queue.count, delay_usd_per_s(state, queue, wish), places)
+            queue.split = (queue.version, idle, batches)
+        return queue.split[2]
+
+    def _places(self, queue: Queue, head: Work, klass: NodeClass) -> list[Place]:
+        """Return the idle nodes of a class, those that have the model loaded apart from those that have not."""
+        idle = klass.idle[self.market]
+        warm = 0
+        if queue.model:
+            warm = sum(name in idle for name in islice(klass.warm.get(queue.model, ()), _WARM_COUNTED))
+        found = [place_of(self.state, queue, head, klass, warm, is_warm=True)] if warm else []
+        if len(idle) > warm:
+            found.append(place_of(self.state, queue, head, klass, len(idle) - warm, is_warm=False))
+        return found
 
     # --- weighing
 
@@ -263,32 +329,31 @@ class _Round:
         return best
 
     def _best_of(self, klass: NodeClass, first: list[Entry]) -> Candidate | None:
-        best: Candidate | None = None
+        """Return the best of the queues that rank first; where nodes are scarce, what waits meanwhile counts too."""
+        found: list[Candidate] = []
         least_tag = min((self.state.shares.tag(entry[4]) for entry in first), default=0.0)
-        bases = [self._base(entry[3], klass, least_tag) for entry in first]
         ranking = klass.ranking[self.market]
-        for index, entry in enumerate(first):
-            price = 0.0
-            if len(first) > 1 and len(klass.idle[self.market]) < len(first):
-                price = max(0.0, max(b.rate for number, b in enumerate(bases) if number != index))
+        for entry in first:
             nodes = self._likely(entry[3], klass)
             if not nodes:
                 ranking.bar(entry[3])
                 continue
-            candidate = self._best_node(entry[3], bases[index], klass, nodes, price)
+            candidate = self._best_node(entry[3], self._base(entry[3], klass, least_tag), klass, nodes)
             if candidate is None:
                 ranking.wait(entry[3], self.now_us + self._pause_us(entry[3]))
                 continue
             heappush(ranking.heaps.setdefault(entry[4], []), entry[:4])
-            if best is None or candidate.score > best.score:
-                best = candidate
-        return best
+            found.append(candidate)
+        if len(found) > 1 and sum(len(c.idle[self.market]) for c in self.classes) < len(found):
+            found = _priced(found)
+        self.weighed += found
+        return max(found, key=lambda c: c.score, default=None)
 
     def _base(self, queue: Queue, klass: NodeClass, least_tag: float) -> Base:
         head = self._first(queue)
         assert head is not None
         wish = wish_of(self.state, head, least_tag, self.now_us)
-        return base_of(self.state, queue, head, klass, self._slots(queue), wish)
+        return base_of(self.state, queue, head, klass, self._batches(queue, head, wish), wish)
 
     def _pause_us(self, queue: Queue) -> int:
         head, settings = queue.head, self.state.settings
@@ -297,7 +362,7 @@ class _Round:
         left_us = int(linger_s * 1e6) - waited_us
         return max(1_000, left_us) if left_us > 0 else _LOOK_AGAIN_US
 
-    def _best_node(self, queue: Queue, base: Base, klass: NodeClass, nodes: list[Node], price: float) -> Candidate | None:
+    def _best_node(self, queue: Queue, base: Base, klass: NodeClass, nodes: list[Node]) -> Candidate | None:
         """Return the best of the likely nodes for a queue; None where it is better to wait."""
         state, head = self.state, queue.head
         assert head is not None
@@ -305,27 +370,35 @@ class _Round:
             return None
         best: Candidate | None = None
         for node in nodes:
-            factors = factors_of(state, queue, head, base, klass, node, price)
+            factors = factors_of(state, queue, head, base, klass, node)
             candidate = Candidate(score(factors), queue, klass, node, base, factors)
-            self.weighed.append(candidate)
             if best is None or candidate.score > best.score:
-                best = candidate
+                best, candidate = candidate, best
+            if candidate is not None:
+                self.weighed.append(candidate)
         return best
 
     def _is_held_back(self, chosen: Candidate) -> bool:
-        """Tell whether the batch should rather wait for a better class of which all nodes are busy."""
-        if self.market != "engine" or len(self.classes) == len(self.state.fleet.classes):
-            return False
+        """Tell whether the batch should rather wait for a better node: of a class that is all busy, or one that has the model."""
         queue, market, head = chosen.queue, self.market, chosen.queue.head
+        if market != "engine" or head is None or not self.state.assignments:
+            return False
         busy = [c for c in self.state.fleet.classes.values() if c.nodes and not c.idle[market] and self._is_able(queue, c)]
-        if not busy or head is None:
+        if (
+            queue.model
+            and chosen.factors.load_s
+            and any(n not in chosen.klass.idle[market] for n in chosen.klass.warm.get(queue.model, ()))
+        ):
+            busy.append(chosen.klass)
+        if not busy:
             return False
         return held_back(self.state, queue, head, chosen.factors, chosen.base.count, busy, self.now_us)
 
     def _likely(self, queue: Queue, klass: NodeClass) -> list[Node]:
         """Return the idle nodes that may be the best: all of few; of many one with the model, some with inputs, any one."""
-        head, idle = queue.head, klass.idle[self.market]
-        assert head is not None
+        head, idle = self._first(queue), klass.idle[self.market]
+        if head is None:
+            return []
         barred = head.unfit
         if head.avoided and self._has_other(head):
             barred = barred | head.avoided
@@ -401,6 +474,17 @@ class _Round:
             Alternative(f"{label_of(c.queue)} on {c.node.name}", c.node.name, c.base.count, label_of(c.queue), c.factors)
             for c in list(found.values())[:_ALTERNATIVES_KEPT]
         )
+
+
+def _priced(found: list[Candidate]) -> list[Candidate]:
+    """Give the time of scarce nodes its price: what each second costs those that wait for the same."""
+    waiting = sum(c.factors.delay_usd_per_s for c in found)
+    priced = []
+    for candidate in found:
+        factors = candidate.factors
+        factors = factors._replace(opportunity_usd_per_s=waiting - factors.delay_usd_per_s)
+        priced.append(candidate._replace(score=score(factors), factors=factors))
+    return priced
 
 
 def _top(heap: list[Rank], kept: Mapping[Queue, int]) -> Rank | None:

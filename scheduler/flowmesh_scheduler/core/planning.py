@@ -13,8 +13,8 @@ from flowmesh_mesh.messages import Reason
 from flowmesh_scheduler.core import fairness, health
 from flowmesh_scheduler.core.commands import Accept
 from flowmesh_scheduler.core.costs import cost_class, size_of
-from flowmesh_scheduler.core.events import Submitted
 from flowmesh_scheduler.core.deadlines import path_seconds
+from flowmesh_scheduler.core.events import Submitted
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
 

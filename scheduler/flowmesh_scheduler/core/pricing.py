@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop
-from math import log2, sqrt
+from math import log2
 
 from flowmesh_scheduler.core.classes import NodeClass
 from flowmesh_scheduler.core.outstanding import executor_of
 from flowmesh_scheduler.core.queues import Queue
+from flowmesh_scheduler.core.splitting import Place
 from flowmesh_scheduler.core.state import Node, State, Work
 from flowmesh_scheduler.core.utility import Factors, score
 
@@ -28,6 +29,7 @@ class Base:
 
     rate: float
     count: int
+    batches: int
     exec_s: float
     value_usd: float
     delay_usd_per_s: float
@@ -90,16 +92,16 @@ def rank_of(state: State, queue: Queue, klass: NodeClass, now_us: int) -> float:
     return log2((settings.value_margin * worth_s + settings.hold_s) * batch / exec_s * _own_wish(state, head, now_us))
 
 
-def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, slots: int, wish: float) -> Base:
-    """Return the first batch of a queue on a class of which ``slots`` places are free."""
+def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, batches: int, wish: float) -> Base:
+    """Return the first batch of a queue on a class, if the queue is cut into so many."""
     settings = state.settings
     line = state.costs.line(head.cost_kind, klass.device)
     usual, price = usual_usd_per_s(state), usd_per_s(state, klass)
-    delay = usual * wish * max(1, len(queue.runs))
+    delay = delay_usd_per_s(state, queue, wish)
     fixed_s = line.fixed_s + line.step_s * queue.steps
     each_s = line.unit_s * queue.units / max(1, queue.count)
     memory_bytes = _room(state, klass, head)
-    count = batch_count(state, queue, head, fixed_s, each_s, slots, price, delay)
+    count = batch_count(state, queue, head, fixed_s, each_s, batches)
     if memory_bytes and count > 1:
         each_bytes = state.costs.memory_bytes(head.cost_kind, head.size)
         count = max(1, min(count, int(memory_bytes / each_bytes) + 1)) if each_bytes > 0 else count
@@ -107,7 +109,21 @@ def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, slots: int
     worth_s = queue.worth_s / max(1, queue.count) * count
     value = usual * wish * (settings.value_margin * worth_s + settings.hold_s * count)
     delay *= count / max(count, queue.count)
-    return Base((value - (delay + price) * exec_s) / exec_s, count, exec_s, value, delay, fixed_s, memory_bytes)
+    rate = (value - (delay + price) * exec_s) / exec_s
+    return Base(rate, count, batches, exec_s, value, delay, fixed_s, memory_bytes)
+
+
+def place_of(state: State, queue: Queue, head: Work, klass: NodeClass, nodes: int, *, is_warm: bool) -> Place:
+    """Return what idle nodes of a class are to the batches of a queue."""
+    line = state.costs.line(head.cost_kind, klass.device)
+    load_s = 0.0 if is_warm or not queue.model else state.costs.load_s(queue.model, klass.device)
+    once_s = load_s + line.fixed_s + line.step_s * queue.steps
+    return Place(nodes, once_s, line.unit_s * queue.units / max(1, queue.count), usd_per_s(state, klass))
+
+
+def delay_usd_per_s(state: State, queue: Queue, wish: float) -> float:
+    """Return what a second of waiting for all of a queue costs the runs behind it."""
+    return usual_usd_per_s(state) * wish * max(1, len(queue.runs))
 
 
 def _room(state: State, klass: NodeClass, head: Work) -> float:
@@ -118,33 +134,24 @@ def _room(state: State, klass: NodeClass, head: Work) -> float:
     return max(1.0, klass.memory_bytes * _MEMORY_SHARE - weights)
 
 
-def batch_count(
-    state: State, queue: Queue, head: Work, fixed_s: float, each_s: float, slots: int, price: float, delay: float
-) -> int:
-    """Return how many of the ready operators the first batch takes.
+def batch_count(state: State, queue: Queue, head: Work, fixed_s: float, each_s: float, batches: int) -> int:
+    """Return how many of the ready operators the first of so many batches takes.
 
-    A batch pays ``fixed_s`` once, more batches at a time end sooner. With j of them the nodes cost price * (j * fixed + each * n)
-    and the wait costs delay * (fixed + each * n / j): least at j = sqrt(delay * each * n / (price * fixed)). What a lost node may
-    cost bounds the seconds of a batch.
+    What a lost node may cost bounds the seconds of a batch.
     """
     settings, kind, ready = state.settings, executor_of(head), queue.count
     if not queue.is_batching or "batching" in settings.ablate:
         return 1
-    limit = settings.batch_limit[kind]
+    count, limit = -(-ready // max(1, batches)), settings.batch_limit[kind]
     if queue.market != "engine":
-        share = -(-ready // max(1, slots))
         is_quick = fixed_s + each_s * settings.batch_floor[kind] < settings.quick_batch_s
-        return min(limit, max(settings.batch_floor[kind] if is_quick else 1, share))
-    batches = float(max(1, slots))
-    if fixed_s > 0:
-        batches = min(batches, max(1.0, sqrt(delay * each_s * ready / (price * fixed_s))))
-    count = -(-ready // max(1, round(batches)))
+        return min(limit, max(settings.batch_floor[kind] if is_quick else 1, count))
     if each_s > 0:
         count = min(count, max(1, int((settings.batch_max_s - fixed_s) / each_s)))
     return max(1, min(limit, count))
 
 
-def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeClass, node: Node, opportunity: float) -> Factors:
+def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeClass, node: Node) -> Factors:
     """Return everything that the utility of this batch on this very node depends on."""
     settings, costs = state.settings, state.costs
     ratio = costs.node_ratio(node.name)
@@ -154,7 +161,8 @@ def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeCl
     if "locality" not in settings.ablate:
         if queue.model and queue.model not in node.resident:
             load_s = costs.load_s(queue.model, klass.device)
-            load_share = base.count / (max(base.count, queue.count) + queue.rate_per_s * settings.residency_s)
+            taken = base.count * base.batches  # by equal batches, each with a load of its own
+            load_share = taken / (max(taken, queue.count) + queue.rate_per_s * settings.residency_s)
         fetch_s, egress = _missing(state, head, base.count, node)
     record = klass.sample
     hazard = record.hazard_per_hour / 3600
@@ -172,7 +180,6 @@ def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeCl
         settings.energy_usd_per_kwh / 3.6e6,
         hazard,
         (price + base.delay_usd_per_s) * (load_s + exec_s / 2) if hazard else 0.0,
-        opportunity,
     )
 
 
@@ -196,7 +203,7 @@ def _missing(state: State, head: Work, count: int, node: Node) -> tuple[float, f
 def held_back(
     state: State, queue: Queue, head: Work, factors: Factors, count: int, others: Sequence[NodeClass], now_us: int
 ) -> bool:
-    """Tell whether waiting for one of ``others``, whose nodes are all busy, is better than this idle node by more than a margin."""
+    """Tell whether waiting for one of ``others``, whose nodes are busy, is better than this idle node by more than a margin."""
     if now_us - head.queued_at_us > state.settings.hold_back_max_s * 1e6:
         return False
     own = score(factors._replace(opportunity_usd_per_s=0.0)) / count
@@ -209,7 +216,8 @@ def held_back(
         price = usd_per_s(state, other)
         if each - (delay + price / count) * exec_s <= needed:
             continue
-        wait_s = free_in_s(state, other, now_us) + queue.worth_s / len(other.nodes)
+        more = -(-queue.count // count) - 1
+        wait_s = free_in_s(state, other, now_us) + more * exec_s / len(other.nodes)
         load_s = 0.0
         if queue.model and not other.warm.get(queue.model):
             load_s = state.costs.load_s(queue.model, other.device)

@@ -40,6 +40,9 @@ class Queue:
     rate_per_s: float = 0.0
     last_arrival_us: int = 0
     able: dict[int, bool] = field(default_factory=dict)
+    split: tuple[int, int, int] = (0, 0, 1)
+    """(version, idle nodes, into how many batches it is cut then)."""
+
     head: Work | None = None
 
     def add(self, work: Work, now_us: int) -> None:

@@ -94,7 +94,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     what it left to others: so what comes now and then is hardly held up by a flood. Any other may end so much later. 0: exact."""
 
     fair_slack_s: float = 1.0
-    """Virtual seconds by which a tenant may be ahead of another with work for the same nodes and go first, if that is worth more."""
+    """Virtual seconds by which a tenant may be ahead of another with work for the same nodes and yet go first."""
 
     fair_loads: float = 3.0
     """That many loads of a model longer where the other's model would have to be loaded first."""

@@ -38,7 +38,7 @@ class Factors(NamedTuple):
     """What beginning again elsewhere would cost if the node were taken away."""
 
     opportunity_usd_per_s: float = 0.0
-    """What the node would earn meanwhile with the next best work."""
+    """What a second of a scarce node costs those who wait for it."""
 
     @property
     def seconds(self) -> float:
@@ -50,7 +50,7 @@ def score(f: Factors) -> float:
     """Return the utility in dollars: the sum of the terms, without naming them."""
     took_s = f[4] + f[6] + f[7]
     charged_s = f[4] * f[5] + f[6] + f[7]
-    found = f[0] - f[1] * (f[3] + took_s) - f[2] * charged_s - f[8] - f[9] * f[10] * took_s - f[13] * charged_s
+    found = f[0] - f[1] * (f[3] + took_s) - f[2] * charged_s - f[8] - (f[9] * f[10] + f[13]) * took_s
     if f[11]:
         found -= (1.0 - exp(-f[11] * took_s)) * f[12]
     return found
@@ -59,7 +59,6 @@ def score(f: Factors) -> float:
 def terms(f: Factors) -> Mapping[str, float]:
     """Return the terms of the utility, in dollars with sign; their sum is the score."""
     took_s = f.seconds
-    charged_s = f.load_s * f.load_share + f.fetch_s + f.exec_s
     return {
         "value": f.value_usd,
         "delay": -f.delay_usd_per_s * (f.wait_s + took_s),
@@ -69,5 +68,5 @@ def terms(f: Factors) -> Mapping[str, float]:
         "energy": -f.watts * f.energy_usd_per_j * took_s,
         "egress": -f.egress_usd,
         "risk": -(1.0 - exp(-f.hazard_per_s * took_s)) * f.redo_usd,
-        "opportunity": -f.opportunity_usd_per_s * charged_s,
+        "opportunity": -f.opportunity_usd_per_s * took_s,
     }
