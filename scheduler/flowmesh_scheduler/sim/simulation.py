@@ -39,6 +39,8 @@ _US = 1_000_000
 _COMMIT_US = 3_000
 _LOCATE_US = 2_000
 _TICK_US = 10 * _US
+_BEAT_US = 2 * _US
+_SOON_US = 100_000
 _LONGEST_US = 30 * 86_400 * _US
 _EPOCH = 1
 
@@ -81,6 +83,7 @@ class Simulation:
         self._sizes: dict[bytes, int] = {}
         self._unfinished = len(self.scenario.arrivals)
         self._wake_us = 0
+        self._beaten_at_us = 0
 
     # --- the clock
 
@@ -113,6 +116,14 @@ class Simulation:
         if self.checks:
             check(self.state)
             self.memory.check(self.state)
+        self._wake_when_due()
+
+    def _wake_when_due(self) -> None:
+        """Let the core look again at what it keeps back, as the service does."""
+        due_us = min(self.state.fleet.recheck_us.values(), default=0)
+        if due_us and not self.now_us < self._wake_us <= due_us:
+            self._wake_us = max(due_us, self.now_us + _SOON_US)
+            self._at(self._wake_us, self._tick_once)
 
     # --- tenants
 
@@ -309,8 +320,11 @@ class Simulation:
             self._tick_once()
 
     def _tick_once(self) -> None:
-        for worker in list(self.workers.values()):
-            self.apply(e.BeatReceived(worker.beat(self.now_us, _EPOCH)))
+        """Let time pass in the core, for which every node has been heard of within its lease."""
+        if self.now_us - self._beaten_at_us > _BEAT_US:
+            self._beaten_at_us = self.now_us
+            for worker in list(self.workers.values()):
+                self.apply(e.BeatReceived(worker.beat(self.now_us, _EPOCH)))
         self.apply(e.Tick())
 
     # --- what came of it
