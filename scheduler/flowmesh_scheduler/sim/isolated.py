@@ -108,35 +108,46 @@ def run(
     """
     course = Course(done=set(done))
     started = set(done)
-    lanes: dict[str, tuple[float, list[int]] | None] = dict.fromkeys(("data", *_USER_LANES, "gpu"))
-    now_s = 0.0
+    free = dict.fromkeys(("data", *_USER_LANES, "gpu"), True)
+    ends: list[tuple[float, int, str, list[int], bool]] = []
+    now_s, number = 0.0, 0
     while True:
         ready = [i for i, step in enumerate(steps) if i not in started and step.after <= course.done]
-        for lane in lanes:
+        for lane in free:
             mine = [i for i in ready if i not in started and lane_of(steps[i].operator.type) == lane.rstrip(_DIGITS)]
-            if lanes[lane] is not None or not mine or (lane == "gpu" and lanes["data"] is not None):
+            if not free[lane] or not mine or (lane == "gpu" and not free["data"]):
                 continue
             chosen = _choose(steps, mine, machine, limits)
-            spent = machine.begin([steps[i].demand for i in chosen], [steps[i].inputs for i in chosen], _NO_LINKS)
+            demands = [steps[i].demand for i in chosen]
+            spent = machine.begin(demands, [steps[i].inputs for i in chosen], _NO_LINKS)
             factor = noise([steps[i] for i in chosen])
             spent = Spent(spent.fetch_s, spent.load_s * factor**0.5, spent.exec_s * factor, spent.power_share)
             course.batches.append((now_s, spent, lane == "gpu", len(chosen)))
-            lanes[lane] = (now_s + spent.seconds, chosen)
             started.update(chosen)
-        busy = [(entry[0], lane) for lane, entry in lanes.items() if entry is not None]
-        if not busy:
+            free[lane] = False
+            parts = _parts(chosen, demands, now_s, spent)
+            for at_s, group in parts:
+                number += 1
+                heappush(ends, (at_s, number, lane, group, at_s == parts[-1][0]))
+        if not ends:
             break
-        now_s, lane = min(busy)
+        now_s, _, lane, group, is_last = heappop(ends)
         if now_s > until_s:
             course.seconds = until_s
             return course
-        entry = lanes[lane]
-        assert entry is not None
-        course.done.update(entry[1])
-        machine.blocks.update(ref.cid for i in entry[1] for ref in steps[i].outputs)
-        lanes[lane] = None
+        course.done.update(group)
+        machine.blocks.update(ref.cid for i in group for ref in steps[i].outputs)
+        free[lane] = is_last or free[lane]
     course.seconds = now_s
     return course
+
+
+def _parts(chosen: Sequence[int], demands: Sequence[Demand], now_s: float, spent: Spent) -> list[tuple[float, list[int]]]:
+    """Return which steps of a batch are done when."""
+    found: dict[float, list[int]] = {}
+    for index, share in zip(chosen, truth.shares(demands), strict=True):
+        found.setdefault(now_s + spent.fetch_s + spent.load_s + share * spent.exec_s, []).append(index)
+    return sorted(found.items())
 
 
 def _choose(steps: Sequence[Step], ready: Sequence[int], machine: Machine, limits: Mapping[str, int]) -> list[int]:

@@ -32,7 +32,7 @@ from flowmesh_scheduler.sim.metrics import Figures, RunTimes
 from flowmesh_scheduler.sim.policies import Policy
 from flowmesh_scheduler.sim.rental import Backlog, Kind, Market, Terms, backlog_of, wanted
 from flowmesh_scheduler.sim.truth import demand_of
-from flowmesh_scheduler.sim.worker import Lane, Worker
+from flowmesh_scheduler.sim.worker import Batch, Lane, Worker
 from flowmesh_scheduler.sim.workloads import Arrival, Scenario
 
 _US = 1_000_000
@@ -191,22 +191,28 @@ class Simulation:
     def _start(self, worker: Worker, lane: Lane) -> None:
         batch = worker.start(lane, self.now_us, self._link_of)
         if batch is not None:
-            self._at(batch.ends_us, lambda: None if batch.is_stopped else self._finish(worker, lane))
+            for at_us, keys in batch.parts:
+                self._at(at_us, partial(self._finish, worker, lane, batch, keys))
 
-    def _finish(self, worker: Worker, lane: Lane) -> None:
-        batch, done, inline = worker.finish(lane)
+    def _finish(self, worker: Worker, lane: Lane, batch: Batch, keys: Sequence[bytes]) -> None:
+        if batch.is_stopped:
+            return
+        _, done, inline = worker.finish(lane, keys)
         assert batch.spent is not None
         self.hub.update(inline)
-        self._sizes.update(
-            (cid, worker.made[cid]) for o in done.outcomes for refs in o.outputs.values() for cid in [r.cid for r in refs]
-        )
-        self.operators_run += len(done.outcomes)
-        self.useful_s += batch.spent.exec_s
-        self._start(worker, lane)
-        if tuple(worker.machine.resident) != worker.told_resident:
-            self.apply(e.BeatReceived(worker.beat(self.now_us, _EPOCH)))
-        self.apply(e.DoneReceived(done, inline))
-        self._watch_idle(worker)
+        if lane.running is None:
+            self.useful_s += batch.spent.exec_s
+            self._start(worker, lane)
+            if tuple(worker.machine.resident) != worker.told_resident:
+                self.apply(e.BeatReceived(worker.beat(self.now_us, _EPOCH)))
+        if done is not None:
+            for outcome in done.outcomes:
+                for refs in outcome.outputs.values():
+                    self._sizes.update((ref.cid, ref.size) for ref in refs)
+            self.operators_run += len(done.outcomes)
+            self.apply(e.DoneReceived(done, inline))
+        if lane.running is None:
+            self._watch_idle(worker)
 
     def _on_told(self, command: c.Tell) -> None:
         worker = self.workers.get(command.node)

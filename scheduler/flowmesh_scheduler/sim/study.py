@@ -56,7 +56,7 @@ def scenario_of(job: Job) -> Scenario:
 def settings_of(job: Job) -> Settings:
     """Return the core's settings: as they come, but on hosts that vanish often, three losses do not make an operator poison."""
     ablate = (job.ablate,) if job.ablate and job.ablate != "dedup" else ()
-    return Settings(nodes_lost_limit=_LOST_LIMIT, ablate=ablate)
+    return Settings(nodes_lost_limit=_LOST_LIMIT, ablate=ablate, fold_hops=0)  # simulated nodes run items, not tails
 
 
 def run(job: Job) -> Outcome:

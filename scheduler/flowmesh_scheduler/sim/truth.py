@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from flowmesh_mesh.manifest import Ref
@@ -104,6 +105,22 @@ def execution(device: DeviceClass, demands: Sequence[Demand], room_bytes: float)
     decode_s, power = _decoding(device, model, demands, room_bytes)
     total_s = prefill_s + decode_s
     return _ENGINE_OVERHEAD_S + total_s, (0.9 * prefill_s + power * decode_s) / max(total_s, 1e-9)
+
+
+def shares(demands: Sequence[Demand]) -> list[float]:
+    """Return after which share of a batch's execution each operator is done, in eighths.
+
+    Without an accelerator one follows the other; where a model decodes, an operator is done with its longest row.
+    """
+    if demands[0].model is None:
+        done, total, found = 0.0, max(1e-9, sum(d.cpu_s for d in demands)), []
+        for demand in demands:
+            done += demand.cpu_s
+            found.append(done / total)
+    else:
+        longest = max(d.steps for d in demands)
+        found = [d.steps / longest if longest and d.is_engine else 1.0 for d in demands]
+    return [min(1.0, ceil(8 * share - 1e-9) / 8) for share in found]
 
 
 def _training_s(device: DeviceClass, demand: Demand) -> float:

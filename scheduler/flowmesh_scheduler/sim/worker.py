@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -23,7 +23,10 @@ _GPU = ("engine", "train")
 
 @dataclass(slots=True)
 class Batch:
-    """An assignment on its way through a worker. ``ends_us`` is when it will be done, unless it is stopped."""
+    """An assignment on its way through a worker.
+
+    ``ends_us`` is when it will be done, unless it is stopped; ``parts`` tell which of its ``count`` operators are done when.
+    """
 
     assignment: Assignment
     items: dict[bytes, Item]
@@ -33,6 +36,8 @@ class Batch:
     spent: Spent | None = None
     joules: float = 0.0
     fetched_bytes: int = 0
+    count: int = 0
+    parts: list[tuple[int, list[bytes]]] = field(default_factory=list)
     is_stopped: bool = False
 
     @property
@@ -122,6 +127,13 @@ class Worker:
         batch.joules = self.machine.joules(batch.spent, is_gpu=batch.is_gpu)
         batch.began_us = now_us
         batch.ends_us = now_us + max(1, round(batch.spent.seconds * 1e6))
+        batch.count = len(batch.items)
+        done_at: dict[float, list[bytes]] = {}
+        for key, share in zip(batch.items, truth.shares(list(batch.demands.values())), strict=True):
+            done_at.setdefault(share, []).append(key)
+        begun_us = batch.ends_us - round(batch.spent.exec_s * 1e6)
+        ends = [(begun_us + round(share * batch.spent.exec_s * 1e6), keys) for share, keys in sorted(done_at.items())]
+        batch.parts = [*ends[:-1], (batch.ends_us, ends[-1][1])]
         return batch
 
     def stop(self, lane: Lane, now_us: int) -> float:
@@ -135,23 +147,28 @@ class Worker:
         self.machine.busy_joules += batch.joules * seconds / max(1e-9, (batch.ends_us - batch.began_us) / 1e6)
         return seconds
 
-    def finish(self, lane: Lane) -> tuple[Batch, Done, dict[bytes, bytes]]:
-        """End the batch that runs in a lane; return it with its report and the small results."""
+    def finish(self, lane: Lane, keys: Sequence[bytes]) -> tuple[Batch, Done | None, dict[bytes, bytes]]:
+        """End some operators of the batch that runs in a lane; return it with the report and the small results.
+
+        There is no report where all of them were taken away. With the last the lane is free.
+        """
         batch = lane.running
         assert batch is not None
         assert batch.spent is not None
-        lane.running = None
-        self.machine.busy_s += batch.spent.seconds if batch.is_gpu else 0.0
-        self.machine.busy_joules += batch.joules
+        is_last = keys is batch.parts[-1][1]
+        if is_last:
+            lane.running = None
+            self.machine.busy_s += batch.spent.seconds if batch.is_gpu else 0.0
+            self.machine.busy_joules += batch.joules
         inline: dict[bytes, bytes] = {}
-        outcomes = tuple(self._outcome(batch, item, inline) for item in batch.items.values())
+        outcomes = tuple(self._outcome(batch, batch.items.pop(key), inline) for key in keys if key in batch.items)
         assignment = batch.assignment
-        done = Done(self.name, assignment.id, assignment.epoch, outcomes, self.record.public_key, b"simulated")
-        return batch, done, inline
+        done = Done(self.name, assignment.id, assignment.epoch, outcomes, self.record.public_key, b"simulated", last=is_last)
+        return batch, done if outcomes else None, inline
 
     def _outcome(self, batch: Batch, item: Item, inline: dict[bytes, bytes]) -> Outcome:
         assert batch.spent is not None
-        kind, count = batch.assignment.type, len(batch.items)
+        kind, count = batch.assignment.type, batch.count
         shapes = truth.output_shapes(kind, item.params, _refs(item), batch.demands[item.key])
         outputs: dict[str, list[Ref]] = {}
         for index, (port, form, size, rows) in enumerate(shapes):
