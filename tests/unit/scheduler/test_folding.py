@@ -17,6 +17,7 @@ from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.devices import device_class
 from flowmesh_scheduler.core.settings import Settings
+from flowmesh_scheduler.recording import decode_event, encode_event, unsalted
 
 
 def desk(*nodes: str, **fields: Any) -> Desk:
@@ -365,6 +366,23 @@ def test_a_salt_goes_along_for_private_work_and_the_secret_does_not() -> None:
     assert b"secret a" not in repr(first).encode()
     made.report(first, answers(made, first))
     assert made.end().reason == "succeeded"
+
+
+def test_a_new_leader_follows_a_private_chain_without_its_salts_which_no_log_keeps() -> None:
+    made = desk("n1")
+    made.submit(chain(4), share="private")
+    first = made.only()
+    told = answers(made, first)
+    made.report(first, told[:2], last=False)
+    name, data = encode_event(unsalted(made.recovered()))
+    assert private_salt(b"secret a", "ta") not in data
+    after = Desk(epoch=200, now_us=made.now_us, ledger=dict(made.ledger), manifests=dict(made.manifests))
+    after.join("n1")
+    after.held, after.assigned = made.held, {first.id: first}
+    after.apply(decode_event(name, data))
+    assert list(after.state.assignments) == [first.id]
+    after.report(first, told[2:])
+    assert after.end().counts == {"done": 4}
 
 
 A = operator("a")
