@@ -428,11 +428,65 @@ def test_slow_hops_stay_out() -> None:
     quick.submit(workflow([A, CALL], {}))
     assert names(quick.only()) == ["b"]
     slow = desk("n1")
-    device = device_class(slow.state.nodes["n1"].record)
-    for _ in range(20):
-        slow.state.costs.note_batch(("python.call", ""), device, "n1", 0.0, 1.0, 0.5, 0.0, 0.0, 0, 0.5)
+    teach(slow, 0.5)
     slow.submit(workflow([A, CALL], {}))
     assert slow.only().tails == ()
+
+
+def teach(made: Desk, seconds: float) -> None:
+    """Let calls be known to take so long on n1."""
+    device = device_class(made.state.nodes["n1"].record)
+    for _ in range(20):
+        made.state.costs.note_batch(("python.call", ""), device, "n1", 0.0, 1.0, seconds, 0.0, 0.0, 0, seconds)
+
+
+def test_a_chain_as_a_whole_is_no_longer_than_a_lease() -> None:
+    made = desk("n1", settings=Settings(lease_s=0.15))
+    teach(made, 0.06)
+    calls = [operator(f"b{i}", type="python.call", params={"n": i}, of=[A, CALL, CALL, CALL], after=[i]) for i in range(4)]
+    made.submit(workflow([A, *calls], {}))
+    assert names(made.only()) == ["b0", "b1"]
+
+
+def test_work_that_waits_in_the_pool_already_is_not_taken_out_of_it() -> None:
+    made = desk("n1", settings=Settings(depth_limit={**Settings().depth_limit, "user": 0}))
+    made.submit(workflow([operator("m", type="python.call", params={"function": "f"}, after=[content("same")])]), "r0")
+    follows = operator("b", type="python.call", params={"function": "f"}, of=[A], after=[0])
+    made.submit(workflow([A, follows]), "r1")
+    first = made.only()
+    commands = made.report(first, [made.outcome(first.items[0], "flow.noop", "same")], last=False)
+    assert [m.keys for m in made.told(commands, "n1") if isinstance(m, Abort)] == [(first.items[0].key,)]
+    assert made.states()["b"] == "ready"
+
+
+def test_a_tenant_pays_for_hops_as_for_anything_else() -> None:
+    made = desk("n1")
+    made.submit(workflow([A, CALL], {}))
+    first = made.only()
+    told = answers(made, first)
+    made.report(first, told[:1], last=False)
+    work = made.vertex("b").work
+    assert work is not None
+    assert work.charged_us > 0
+    assert work.standing == "running"
+    before_us = made.state.shares.account("ta").used_us
+    made.now_us += SECOND
+    made.report(first, told[1:])
+    assert made.state.shares.account("ta").used_us - before_us == 1000
+
+
+def test_what_a_batch_costs_is_learned_from_its_items_and_a_hop_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = desk("n1")
+    teach(made, 0.01)
+    learned: list[tuple[str, float]] = []
+    monkeypatch.setattr(made.state.costs, "note_batch", lambda kind, *rest: learned.append((kind[0], rest[3])))
+    flow = [A, operator("x", nonce=5), CALL, operator("y", nonce=6, after=[1])]
+    made.submit(workflow(flow, {}))
+    first = made.only()
+    made.report(first, answers(made, first, number=0), last=False)
+    assert learned == [("python.call", 1.0)]
+    made.report(first, answers(made, first, number=1))
+    assert learned == [("python.call", 1.0), ("flow.noop", 2.0)]
 
 
 def test_the_hops_of_an_assignment_are_bounded_in_number_and_size() -> None:
