@@ -40,7 +40,7 @@ _COMMIT_US = 3_000
 _LOCATE_US = 2_000
 _TICK_US = 10 * _US
 _BEAT_US = 2 * _US
-_SOON_US = 100_000
+_SOON_US = 500_000
 _LONGEST_US = 30 * 86_400 * _US
 _EPOCH = 1
 
@@ -121,9 +121,11 @@ class Simulation:
     def _wake_when_due(self) -> None:
         """Let the core look again at what it keeps back, as the service does."""
         due_us = min(self.state.fleet.recheck_us.values(), default=0)
-        if due_us and not self.now_us < self._wake_us <= due_us:
-            self._wake_us = max(due_us, self.now_us + _SOON_US)
-            self._at(self._wake_us, self._tick_once)
+        if due_us:
+            wake_us = max(due_us, self.now_us + _SOON_US)
+            if not self.now_us < self._wake_us <= wake_us:
+                self._wake_us = wake_us
+                self._at(wake_us, self._tick_once)
 
     # --- tenants
 
