@@ -21,7 +21,7 @@ from flowmesh_scheduler.sim.language_models import MODELS, PINNED, LanguageModel
 OVERLAP = 0.4
 """Share of each document of ``mix`` that tenants have in common, unless a study varies it."""
 
-_OFFERS = 200
+_OFFERS = 400
 _HAZARD = 0.05
 _SWEEP_S = 240.0
 
