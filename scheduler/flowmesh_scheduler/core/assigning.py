@@ -67,10 +67,13 @@ def assign(
         sum_units=sum(w.units for w in works),
         predicted_s=predicted_s + folded.seconds,
         chains=folded.chains,
+        is_cold=bool(head.model) and head.model not in node.cached,
     )
     hand_over(state, node, outstanding)
     if head.model:
-        node.resident |= {head.model}
+        node.cached.add(head.model)
+        if outstanding.executor == "engine":
+            node.resident |= {head.model}
     if node.klass is not None and predicted_s:
         heappush(node.klass.ends, (now_us + int(outstanding.predicted_s * 1e6), identity))
     may_run_in_vain = all(w.operator.determinism != "effect" for w in works)

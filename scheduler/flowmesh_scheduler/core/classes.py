@@ -75,7 +75,7 @@ class NodeClass:
     """Nodes that are alike in all that a choice depends on, but for what they hold.
 
     ``idle`` holds, by market, the usable nodes with a free slot, in the order in which they became idle; ``warm`` the usable
-    nodes by the model that they have loaded; ``ends`` a heap of when what runs is predicted to end.
+    nodes by the model that they have loaded, ``cached`` by those that need not be brought to them; ``ends`` a heap of when what runs is predicted to end.
     """
 
     number: int
@@ -84,6 +84,7 @@ class NodeClass:
     nodes: dict[str, Node] = field(default_factory=dict)
     idle: dict[str, dict[str, Node]] = field(default_factory=lambda: {market: {} for market in MARKETS.values()})
     warm: dict[str, dict[str, Node]] = field(default_factory=dict)
+    cached: dict[str, dict[str, Node]] = field(default_factory=dict)
     memory_bytes: int = 0
     ends: list[tuple[int, str]] = field(default_factory=list)
     ranking: dict[str, Ranking] = field(default_factory=_rankings)

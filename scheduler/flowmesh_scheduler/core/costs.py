@@ -36,7 +36,7 @@ _PEERS = 32
 _USUAL_SPREAD = 0.15
 _SETTLED_SAMPLES = 5
 _ROUND_TRIP_S = 0.002
-_FETCH_MIN_BYTES = 100_000
+_FETCH_MIN_BYTES = 4_000_000
 _LOAD_FIXED_S = 1.0
 _LOAD_BYTES_PER_S = 1e9
 _RECENT_ERRORS = 20
@@ -62,10 +62,11 @@ class Costs:
         self._guesses: dict[str, dict[Place, None]] = {}
         self._loads: dict[tuple[str, str], Factor] = {}
         self._load_ratios: dict[str, Factor] = {}
+        self._downloads: dict[str, Factor] = {}
         self._links: dict[str, Factor] = {}
         self._link_priors: dict[str, float] = {}
         self._peers = Peers()
-        self._factors = {"loads": self._load_ratios, "link": self._links}
+        self._factors = {"loads": self._load_ratios, "link": self._links, "download": self._downloads}
         self._changed: dict[tuple[str, ...], None] = {}
 
     # --- what is known beforehand
@@ -137,6 +138,26 @@ class Costs:
 
     def _load_prior_s(self, model_digest: str) -> float:
         return _LOAD_FIXED_S + self._model_bytes.get(model_digest, MODEL_BYTES) / _LOAD_BYTES_PER_S
+
+    def download_s(self, model_digest: str, node: str) -> float:
+        """Return the seconds that bringing a model to a node takes which never had it, beside loading it."""
+        size_bytes = self._model_bytes.get(model_digest, 0)
+        if not size_bytes:
+            return 0.0
+        ratio = self._downloads.get(model_digest)
+        return size_bytes / self._told_bandwidth(node) * (ratio.value if ratio else 1.0)
+
+    def _told_bandwidth(self, node: str) -> float:
+        """Return the rate of a node's link as it says: what small inputs show of it says nothing about a model."""
+        return self._link_priors.get(node, self.bandwidth_bytes_per_s)
+
+    def note_download(self, model_digest: str, node: str, seconds: float) -> None:
+        """Learn from a load on a node that never had the model: what it took beyond a usual load."""
+        expected_s = self._model_bytes.get(model_digest, 0) / self._told_bandwidth(node)
+        if expected_s > 0:
+            factor_of(self._downloads, model_digest).note(max(seconds, 0.001 * expected_s) / expected_s, far=3.0)
+            self._changed["download", model_digest] = None
+            self.version += 1
 
     def fetch_s(self, node: str, size_bytes: float) -> float:
         """Return the seconds that bringing so many bytes to a node takes."""

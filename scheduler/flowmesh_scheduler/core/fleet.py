@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from math import log
+
 from flowmesh_mesh.messages import NodeRecord
-from flowmesh_scheduler.core.classes import Fleet, NodeClass
+from flowmesh_scheduler.core.classes import ORDER, Fleet, NodeClass
 from flowmesh_scheduler.core.devices import device_class, figures_of
 from flowmesh_scheduler.core.health import may_take
 from flowmesh_scheduler.core.state import Node, State, Work
@@ -44,8 +46,9 @@ def refresh(state: State) -> None:
     for node in stale:
         if node.is_usable and state.nodes.get(node.name) is node and may_take(state, node, state.now_us):
             _enter(state, fleet, node)
-        else:
+        elif node.klass is not None:
             _leave(node)
+            fleet.changed.update(ORDER)  # what avoided another node may have no choice now
     _choose_reference(fleet)
 
 
@@ -58,6 +61,8 @@ def _leave(node: Node) -> None:
         idle.pop(node.name, None)
     for digest in node.warm:
         known.warm.get(digest, {}).pop(node.name, None)
+    for digest in node.cached:
+        known.cached.get(digest, {}).pop(node.name, None)
     node.klass, node.warm = None, frozenset()
 
 
@@ -79,13 +84,15 @@ def _enter(state: State, fleet: Fleet, node: Node) -> None:
         for digest in sorted(node.resident - node.warm):
             klass.warm.setdefault(digest, {})[node.name] = node
         node.warm = node.resident
+    for digest in node.cached:
+        klass.cached.setdefault(digest, {})[node.name] = node
 
 
 def _class_of(state: State, fleet: Fleet, node: Node) -> NodeClass:
     r = node.record
     like = (
-        r.types, r.python, r.cpus, r.memory_bytes, r.price_per_hour, r.numeric, r.slots, r.site, r.hazard_per_hour, r.watts,
-        r.idle_watts, r.bandwidth_bytes_per_s, r.egress_usd_per_gb,
+        r.types, r.python, r.cpus, r.memory_bytes, r.numeric, r.slots, r.site,
+        _step(r.price_per_hour, 1.15), _step(r.hazard_per_hour, 2.0), _step(r.egress_usd_per_gb, 1.5),
         tuple((d.kind, d.name, d.memory_bytes, d.flops, d.bandwidth_bytes_per_s) for d in r.devices),
     )  # fmt: skip
     klass = fleet.classes.get(like)
@@ -100,5 +107,18 @@ def _class_of(state: State, fleet: Fleet, node: Node) -> NodeClass:
     return klass
 
 
+def _step(value: float, factor: float) -> int:
+    """Return which of steps, each so many times the one before, a value is on: what differs by less is alike."""
+    return round(log(value, factor)) if value > 0 else -(1 << 30)
+
+
 def _choose_reference(fleet: Fleet) -> None:
-    fleet.reference = max(fleet.classes.values(), key=lambda c: (len(c.nodes), -c.number), default=None)
+    """Find the device that most nodes have, accelerated ones first, and the class of it with the most nodes."""
+    counts: dict[str, int] = {}
+    for klass in fleet.classes.values():
+        counts[klass.device] = counts.get(klass.device, 0) + len(klass.nodes)
+
+    def rank(klass: NodeClass) -> tuple[bool, bool, int, int, int]:
+        return (bool(klass.nodes), bool(klass.sample.devices), counts[klass.device], len(klass.nodes), -klass.number)
+
+    fleet.reference = max(fleet.classes.values(), key=rank, default=None)

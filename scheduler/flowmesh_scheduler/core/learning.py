@@ -50,9 +50,16 @@ def note_hop(state: State, outstanding: Outstanding, work: Work, metered: Metere
 
 
 def _learn(state: State, outstanding: Outstanding) -> None:
+    if "learning" in state.settings.ablate:
+        return
     line = state.costs.line(outstanding.kind, outstanding.device)
     usual_s = line.seconds(outstanding.max_steps, outstanding.sum_units)
     health.note_batch(state, outstanding, max(outstanding.exec_us, 0) / 1e6, usual_s, state.now_us)
+    load_s = max(outstanding.load_us, 0) / 1e6
+    if outstanding.is_cold and load_s > 0:
+        model = outstanding.kind[1]
+        state.costs.note_download(model, outstanding.node, load_s - state.costs.load_s(model, outstanding.device))
+        load_s = 0.0  # how long a load takes is learned where nothing had to be brought
     state.costs.note_batch(
         outstanding.kind,
         outstanding.device,
@@ -60,7 +67,7 @@ def _learn(state: State, outstanding: Outstanding) -> None:
         outstanding.max_steps,
         outstanding.sum_units,
         max(outstanding.exec_us, 0) / 1e6,
-        max(outstanding.load_us, 0) / 1e6,
+        load_s,
         max(outstanding.fetch_us, 0) / 1e6,
         max(outstanding.bytes_fetched, 0),
         outstanding.expected_s,

@@ -56,6 +56,7 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     node.disconnected_at_us = 0
     node.state = beat.state
     node.resident = resident
+    node.cached |= resident
     node.load, node.running, node.memory_free_bytes = beat.load, beat.running, beat.memory_free_bytes
     held = dict.fromkeys(beat.held)
     for assignment in held:
@@ -69,7 +70,7 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
 
 def _being_loaded(node: Node) -> frozenset[str]:
     """Return the models of what was given to a node and still runs: it has them, or is loading them."""
-    here = (o for o in node.assignments.values() if o.running and o.executor in ("engine", "train"))
+    here = (o for o in node.assignments.values() if o.running and o.executor == "engine")
     return frozenset(o.kind[1] for o in here if o.kind[1])
 
 

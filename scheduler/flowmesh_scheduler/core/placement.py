@@ -29,6 +29,7 @@ from flowmesh_scheduler.core.pricing import (
     delay_usd_per_s,
     factors_of,
     held_back,
+    is_paid_anyway,
     lingers,
     place_of,
     rank_of,
@@ -43,14 +44,14 @@ from flowmesh_scheduler.core.utility import Factors, score, terms
 _QUEUES_WEIGHED = 3
 """Queues of which exact candidates are weighed for a class, from the best rank on."""
 
-_LOOK_AGAIN_US = 500_000
+_LOOK_AGAIN_US = 2_000_000
 """After so long it is weighed anew whether to wait for a better node, or for more to join a batch."""
 
 _NODES_WEIGHED = 4
 """With so few idle nodes in a class each is weighed; of more, the likely ones."""
 
 _NODES_COMPARED = 8
-_WARM_COUNTED = 64
+_HOLDERS_SEEN = 32
 _ALTERNATIVES_KEPT = 3
 
 
@@ -306,14 +307,20 @@ class _Round:
         return queue.split[2]
 
     def _places(self, queue: Queue, head: Work, klass: NodeClass) -> list[Place]:
-        """Return the idle nodes of a class, those that have the model loaded apart from those that have not."""
+        """Return the idle nodes of a class: those with the model loaded, those that have it at hand, the others."""
         idle = klass.idle[self.market]
-        warm = 0
-        if queue.model:
-            warm = sum(name in idle for name in islice(klass.warm.get(queue.model, ()), _WARM_COUNTED))
-        found = [place_of(self.state, queue, head, klass, warm, is_warm=True)] if warm else []
-        if len(idle) > warm:
-            found.append(place_of(self.state, queue, head, klass, len(idle) - warm, is_warm=False))
+        groups: list[list[Node]] = []
+        seen: set[str] = set()
+        for held in (klass.warm, klass.cached):
+            names = [name for name in islice(held.get(queue.model, ()), _HOLDERS_SEEN) if name in idle and name not in seen]
+            if names:
+                groups.append([idle[name] for name in names])
+                seen.update(names)
+        found = [place_of(self.state, queue, head, klass, group) for group in groups]
+        others = [node for name, node in islice(idle.items(), _HOLDERS_SEEN) if name not in seen]
+        if others:
+            more = len(idle) - len(seen)
+            found.append(place_of(self.state, queue, head, klass, others)._replace(nodes=more))
         return found
 
     # --- weighing
@@ -381,15 +388,13 @@ class _Round:
     def _is_held_back(self, chosen: Candidate) -> bool:
         """Tell whether the batch should rather wait for a better node: of a class that is all busy, or one that has the model."""
         queue, market, head = chosen.queue, self.market, chosen.queue.head
-        if market != "engine" or head is None or not self.state.assignments:
+        if head is None or not self.state.assignments or len(self.state.fleet.classes) == 1 > chosen.factors.load_s:
             return False
         busy = [c for c in self.state.fleet.classes.values() if c.nodes and not c.idle[market] and self._is_able(queue, c)]
-        if (
-            queue.model
-            and chosen.factors.load_s
-            and any(n not in chosen.klass.idle[market] for n in chosen.klass.warm.get(queue.model, ()))
-        ):
-            busy.append(chosen.klass)
+        if chosen.factors.load_s:
+            held = chosen.klass.warm if queue.model in chosen.node.cached else chosen.klass.cached
+            if any(name not in chosen.klass.idle[market] for name in held.get(queue.model, ())):
+                busy.append(chosen.klass)
         if not busy:
             return False
         return held_back(self.state, queue, head, chosen.factors, chosen.base.count, busy, self.now_us)
@@ -409,18 +414,18 @@ class _Round:
             return found if self.market == "engine" else sorted(found, key=self._busy)
         return self._likely_of_many(queue, klass, head, idle)
 
-    def _busy(self, node: Node) -> int:
-        return node.busy.get(self.market, 0)
+    def _busy(self, node: Node) -> tuple[bool, int]:
+        """Order nodes for small work: first those that are paid for something else anyway, then those with the least of it."""
+        return not is_paid_anyway(node), node.busy.get(self.market, 0)
 
     def _likely_of_many(self, queue: Queue, klass: NodeClass, head: Work, idle: dict[str, Node]) -> list[Node]:
         state = self.state
         found: dict[str, Node] = {}
-        warm = klass.warm.get(queue.model)
-        if queue.model and warm:
-            for name, node in warm.items():
-                if name in idle:
-                    found[name] = node
-                    break
+        for held in (klass.warm, klass.cached):
+            name = next((name for name in islice(held.get(queue.model, ()), _HOLDERS_SEEN) if name in idle), "")
+            if name:
+                found[name] = idle[name]
+                break
         for refs in head.inputs.values():
             for ref in refs[:2]:
                 for name in sorted(state.places.get(ref.cid, ())):

@@ -86,7 +86,7 @@ def rank_of(state: State, queue: Queue, klass: NodeClass, now_us: int) -> float:
     assert head is not None
     line = state.costs.line(head.cost_kind, klass.device)
     count = queue.count
-    each_s, worth_s = line.unit_s * queue.units / count, queue.worth_s / count
+    each_s, worth_s = line.unit_s * queue.units / count, max(0.0, queue.worth_s / count)
     batch = min(count, settings.batch_limit[executor_of(head)]) if queue.is_batching else 1
     exec_s = max(_SECONDS_MIN, line.fixed_s + line.step_s * queue.steps + each_s * batch)
     return log2((settings.value_margin * worth_s + settings.hold_s) * batch / exec_s * _own_wish(state, head, now_us))
@@ -113,12 +113,28 @@ def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, batches: i
     return Base(rate, count, batches, exec_s, value, delay, fixed_s, memory_bytes)
 
 
-def place_of(state: State, queue: Queue, head: Work, klass: NodeClass, nodes: int, *, is_warm: bool) -> Place:
-    """Return what idle nodes of a class are to the batches of a queue."""
+def load_s(state: State, head: Work, klass: NodeClass, node: Node) -> float:
+    """Return the seconds until a node has the model of a batch: none if it is loaded, more if it has to be brought first.
+
+    Training begins with a process and a load of its own.
+    """
+    model = head.model
+    if not model or (model in node.resident and executor_of(head) == "engine"):
+        return 0.0
+    seconds = state.costs.load_s(model, klass.device)
+    return seconds if model in node.cached else seconds + state.costs.download_s(model, node.name)
+
+
+def is_paid_anyway(node: Node) -> bool:
+    """Tell whether a node's engine is at work: what runs beside it costs nothing more."""
+    return bool(node.busy.get("engine") or node.busy.get("train"))
+
+
+def place_of(state: State, queue: Queue, head: Work, klass: NodeClass, nodes: Sequence[Node]) -> Place:
+    """Return what idle nodes of a class, alike in what they hold, are to the batches of a queue."""
     line = state.costs.line(head.cost_kind, klass.device)
-    load_s = 0.0 if is_warm or not queue.model else state.costs.load_s(queue.model, klass.device)
-    once_s = load_s + line.fixed_s + line.step_s * queue.steps
-    return Place(nodes, once_s, line.unit_s * queue.units / max(1, queue.count), usd_per_s(state, klass))
+    once_s = load_s(state, head, klass, nodes[0]) + line.fixed_s + line.step_s * queue.steps
+    return Place(len(nodes), once_s, line.unit_s * queue.units / max(1, queue.count), usd_per_s(state, klass))
 
 
 def delay_usd_per_s(state: State, queue: Queue, wish: float) -> float:
@@ -131,7 +147,7 @@ def _room(state: State, klass: NodeClass, head: Work) -> float:
     weights = state.model_bytes.get(head.model, 0)
     if not weights:
         return 0.0
-    return max(1.0, klass.memory_bytes * _MEMORY_SHARE - weights)
+    return max(1.0, klass.memory_bytes * _MEMORY_SHARE - weights) * state.settings.memory_waves
 
 
 def batch_count(state: State, queue: Queue, head: Work, fixed_s: float, each_s: float, batches: int) -> int:
@@ -156,22 +172,24 @@ def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeCl
     settings, costs = state.settings, state.costs
     ratio = costs.node_ratio(node.name)
     exec_s = base.exec_s * ratio
-    price = usd_per_s(state, klass)
-    load_s, load_share, fetch_s, egress = 0.0, 1.0, 0.0, 0.0
+    price = (node.record.price_per_hour or settings.price_per_hour) / 3600
+    if queue.market != "engine" and is_paid_anyway(node):
+        price = 0.0
+    wait_s, load_share, fetch_s, egress = 0.0, 1.0, 0.0, 0.0
     if "locality" not in settings.ablate:
-        if queue.model and queue.model not in node.resident:
-            load_s = costs.load_s(queue.model, klass.device)
+        wait_s = load_s(state, head, klass, node)
+        if wait_s and executor_of(head) == "engine":
             taken = base.count * base.batches  # by equal batches, each with a load of its own
             load_share = taken / (max(taken, queue.count) + queue.rate_per_s * settings.residency_s)
         fetch_s, egress = _missing(state, head, base.count, node)
-    record = klass.sample
+    record = node.record
     hazard = record.hazard_per_hour / 3600
     return Factors(
         base.value_usd,
         base.delay_usd_per_s,
         price,
         0.0,
-        load_s,
+        wait_s,
         load_share,
         fetch_s,
         exec_s,
@@ -179,7 +197,7 @@ def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeCl
         max(0.0, record.watts - record.idle_watts),
         settings.energy_usd_per_kwh / 3.6e6,
         hazard,
-        (price + base.delay_usd_per_s) * (load_s + exec_s / 2) if hazard else 0.0,
+        (price + base.delay_usd_per_s) * (wait_s + exec_s / 2) if hazard else 0.0,
     )
 
 
@@ -218,12 +236,18 @@ def held_back(
             continue
         more = -(-queue.count // count) - 1
         wait_s = free_in_s(state, other, now_us) + more * exec_s / len(other.nodes)
-        load_s = 0.0
-        if queue.model and not other.warm.get(queue.model):
-            load_s = state.costs.load_s(queue.model, other.device)
-        if each - delay * (wait_s + load_s + exec_s) - price * (exec_s + load_s) / count > needed:
+        ready_s = load_s(state, head, other, _best_prepared(queue, other))
+        if each - delay * (wait_s + ready_s + exec_s) - price * (exec_s + ready_s) / count > needed:
             return True
     return False
+
+
+def _best_prepared(queue: Queue, klass: NodeClass) -> Node:
+    """Return a node of a class that has the model of a queue loaded, or at least at hand, if there is one."""
+    for held in (klass.warm, klass.cached):
+        for node in held.get(queue.model, {}).values():
+            return node
+    return next(iter(klass.nodes.values()))
 
 
 def free_in_s(state: State, klass: NodeClass, now_us: int) -> float:

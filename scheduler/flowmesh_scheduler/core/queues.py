@@ -106,6 +106,8 @@ class Queue:
         self.count -= 1
         self.units -= work.units
         self.worth_s -= work.seconds
+        if not self.count:
+            self.units = self.worth_s = self.steps = 0.0  # sums of floats leave something behind
         for vertex in work.waiters:
             pair = vertex.run.id_pair
             if pair[0] == tenant and pair in self.runs:

@@ -59,6 +59,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     batch_max_s: float = 60.0
     """Most seconds that a batch of several operators is predicted to take: bounds what a lost node costs, and a tenant's wait."""
 
+    memory_waves: float = 4.0
+    """How many times what fits into a device's memory beside the model a batch may hold: the engine takes the rest as places come
+    free, and larger batches would gain nothing."""
+
     feed_ahead_s: float = 0.25
     """A node whose batch is predicted to end this soon gets the next one of the same kind: it begins without a round trip."""
 

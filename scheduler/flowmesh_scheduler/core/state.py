@@ -234,7 +234,10 @@ class Result:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A node as the leader knows it. ``busy`` counts, by kind of executor, the assignments of which something still runs."""
+    """A node as the leader knows it. ``busy`` counts, by kind of executor, the assignments of which something still runs.
+
+    ``resident`` are models that it has loaded, ``cached`` those that it has had and need not be brought again.
+    """
 
     record: NodeRecord
     last_beat_us: int
@@ -243,6 +246,7 @@ class Node:
     klass: NodeClass | None = None
     classed_as: NodeRecord | None = None
     warm: frozenset[str] = frozenset()
+    cached: set[str] = field(default_factory=set)
     assignments: dict[str, Outstanding] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)
     resident: frozenset[str] = frozenset()
@@ -287,6 +291,7 @@ class Outstanding:
     tenants: tuple[str, ...] = ()
     kind: CostClass = ("", "")
     device: str = ""
+    is_cold: bool = False
     max_steps: float = 0.0
     sum_units: float = 0.0
     predicted_s: float = 0.0
