@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
-from math import log2
+from math import inf, log2
 from typing import NamedTuple
 
 from flowmesh_scheduler.core.assigning import assign
@@ -51,6 +51,7 @@ _NODES_WEIGHED = 4
 """With so few idle nodes in a class each is weighed; of more, the likely ones."""
 
 _NODES_COMPARED = 8
+_NOT_TAKEN = -1
 _HOLDERS_SEEN = 32
 _ALTERNATIVES_KEPT = 3
 
@@ -157,10 +158,11 @@ class _Round:
         for klass in self.classes:
             heaps = klass.ranking[self.market].heaps
             for entry in self._take_first(klass, QUEUES_MAX):
-                heappush(heaps.setdefault(entry[4], []), entry[:4])
+                if entry[2] != _NOT_TAKEN:
+                    heappush(heaps.setdefault(entry[4], []), entry[:4])
                 entries.setdefault(entry[3], entry)
         least_tag = min((self.state.shares.tag(entry[4]) for entry in entries.values()), default=0.0)
-        for queue in list(entries)[:QUEUES_MAX]:
+        for queue in list(entries)[: 2 * QUEUES_MAX]:
             for klass in self.classes:
                 if not self._is_able(queue, klass) or queue in klass.ranking[self.market].kept:
                     continue
@@ -243,6 +245,7 @@ class _Round:
                 continue
             handicap = shares.tag(tenant) / scale_s - log2(shares.weight(tenant)) if is_fair else 0.0
             heads.append((heap[0][0] + handicap, tenant, handicap))
+        latest = inf
         if is_fair and len(heads) > 1:
             latest = self._latest_tag(klass, [tenant for _, tenant, _ in heads])
             heads = [head for head in heads if shares.tag(head[1]) <= latest]
@@ -256,7 +259,23 @@ class _Round:
                 heappop(heads)
             else:
                 heapreplace(heads, (following[0] + handicap, tenant, handicap))
+        for entry in self._at_home(klass, latest):
+            found.setdefault(entry[3], entry)
         return list(found.values())
+
+    def _at_home(self, klass: NodeClass, latest: float) -> list[Entry]:
+        """Return queues of which a model is loaded on one of a few idle nodes, wherever they rank; they stay in the heaps."""
+        idle, kept = klass.idle[self.market], klass.ranking[self.market].kept
+        if self.market != "engine" or len(idle) > _NODES_WEIGHED:
+            return []
+        resident = frozenset[str]().union(*(node.resident for node in idle.values()))
+        found: list[Entry] = []
+        for queue in list(self.state.pool.values()) if resident else ():
+            if queue.model in resident and queue.market == self.market and queue.count and kept.get(queue) != queue.version:
+                head = self._first(queue)
+                if head is not None and self._is_able(queue, klass) and self.state.shares.tag(head.tenant) <= latest:
+                    found.append((0.0, queue.number, _NOT_TAKEN, queue, head.tenant))
+        return found[:_QUEUES_WEIGHED]
 
     def _latest_tag(self, klass: NodeClass, tenants: list[str]) -> float:
         """Return how far ahead of the tenant whose turn it is another may be, and still go first because it is worth more.
@@ -349,7 +368,8 @@ class _Round:
             if candidate is None:
                 ranking.wait(entry[3], self.now_us + self._pause_us(entry[3]))
                 continue
-            heappush(ranking.heaps.setdefault(entry[4], []), entry[:4])
+            if entry[2] != _NOT_TAKEN:
+                heappush(ranking.heaps.setdefault(entry[4], []), entry[:4])
             found.append(candidate)
         if len(found) > 1 and sum(len(c.idle[self.market]) for c in self.classes) < len(found):
             found = _priced(found)

@@ -42,6 +42,7 @@ def submit(state: State, event: Submitted, now_us: int, out: Outbox) -> None:
 def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Outbox) -> Run:
     """Build the vertices of a run and enter those that wait for nothing."""
     run = Run(acceptance.tenant, acceptance.run, manifest, acceptance)
+    run.order = state.take_order()
     state.runs[run.id_pair] = run
     run.account = state.shares.account(run.tenant)
     run.account.runs += 1

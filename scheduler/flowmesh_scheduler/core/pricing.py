@@ -62,8 +62,11 @@ def usd_per_s(state: State, klass: NodeClass) -> float:
 
 
 def _own_wish(state: State, work: Work, now_us: int) -> float:
-    """Return by how much work is wanted more than other work of its tenant: by its priority and its deadline."""
+    """Return by how much work is wanted more than other work of its tenant: by priority, deadline, and how long its run goes on."""
     wish = 1.25**work.priority if work.priority else 1.0
+    if state.settings.age_s:
+        accepted_us = next(iter(work.waiters)).run.acceptance.accepted_at_us
+        wish *= 1.0 + max(0, now_us - accepted_us) / 1e6 / state.settings.age_s
     if work.deadline_us:
         slack_s = max(0.0, (work.deadline_us - now_us) / 1e6)
         wish *= 1.0 + state.settings.deadline_weight * work.seconds / (work.seconds + slack_s)
@@ -139,7 +142,7 @@ def place_of(state: State, queue: Queue, head: Work, klass: NodeClass, nodes: Se
 
 def delay_usd_per_s(state: State, queue: Queue, wish: float) -> float:
     """Return what a second of waiting for all of a queue costs the runs behind it."""
-    return usual_usd_per_s(state) * wish * max(1, len(queue.runs))
+    return usual_usd_per_s(state) * wish * max(1, len(queue.runs)) * state.settings.delay_weight
 
 
 def _room(state: State, klass: NodeClass, head: Work) -> float:

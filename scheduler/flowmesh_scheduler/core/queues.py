@@ -10,7 +10,7 @@ from flowmesh_scheduler.core.fairness import Shares
 from flowmesh_scheduler.core.state import PoolKey, Work, WorkState
 
 Entry = tuple[int, int, int, Work]
-"""(-priority, order of arrival, ticket, work); void once the work has another ticket or is queued no more."""
+"""(-priority, order of the run, ticket, work); void once the work has another ticket or is queued no more."""
 
 _RATE_WEIGHT = 0.2
 _RATE_WINDOW_US = 1_000_000
@@ -51,7 +51,7 @@ class Queue:
         heap = self.heaps.get(work.tenant)
         if heap is None:
             heap = self.heaps[work.tenant] = []
-        heappush(heap, (-work.priority, work.order, work.ticket, work))
+        heappush(heap, (-work.priority, run.order, work.ticket, work))
         self.count += 1
         self.units += work.units
         self.worth_s += work.seconds

@@ -66,7 +66,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     feed_ahead_s: float = 0.25
     """A node whose batch is predicted to end this soon gets the next one of the same kind: it begins without a round trip."""
 
-    linger_s: dict[str, float] = msgspec.field(default_factory=lambda: {"engine": 0.05, "train": 0.0})
+    linger_s: dict[str, float] = msgspec.field(default_factory=lambda: {"engine": 1.0, "train": 0.0})
     """Longest wait of a batch for others to join it, by kind; it waits only while what arrives saves more than the wait costs."""
 
     hold_back_max_s: float = 300.0
@@ -89,6 +89,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     hold_s: float = 1.0
     """Worth of ending an operator's wait, in seconds of a usual node: short work goes before long work of the same worth."""
+
+    delay_weight: float = 0.5
+    """What a second of waiting costs a run, in seconds of a usual node: less saves money, more saves time."""
+
+    age_s: float = 200.0
+    """After so long the operators of a run are wanted twice as much as at first, after twice that three times; 0: no more ever."""
 
     deadline_weight: float = 4.0
     """By how much more work is wanted as the slack to its stage's deadline goes to nothing."""

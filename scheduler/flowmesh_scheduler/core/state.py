@@ -121,6 +121,7 @@ class Run:
     kept: bool = False
     end: RunEnd | None = None
     saved_us: int = 0
+    order: int = 0
     deadline_us: int = 0
     paths_s: Sequence[float] = ()
     account: Account = field(default_factory=Account)

@@ -23,7 +23,7 @@ OVERLAP = 0.4
 
 _OFFERS = 400
 _HAZARD = 0.05
-_SWEEP_S = 240.0
+_SWEEP_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
