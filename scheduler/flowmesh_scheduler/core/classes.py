@@ -75,7 +75,8 @@ class NodeClass:
     """Nodes that are alike in all that a choice depends on, but for what they hold.
 
     ``idle`` holds, by market, the usable nodes with a free slot, in the order in which they became idle; ``warm`` the usable
-    nodes by the model that they have loaded, ``cached`` by those that need not be brought to them; ``ends`` a heap of when what runs is predicted to end.
+    nodes by the model that they have loaded, ``cached`` by those that need not be brought to them; ``ends`` a heap of when what
+    runs is predicted to end.
     """
 
     number: int

@@ -259,8 +259,8 @@ class _Round:
                 heappop(heads)
             else:
                 heapreplace(heads, (following[0] + handicap, tenant, handicap))
-        for entry in self._at_home(klass, latest):
-            found.setdefault(entry[3], entry)
+        for home in self._at_home(klass, latest):
+            found.setdefault(home[3], home)
         return list(found.values())
 
     def _at_home(self, klass: NodeClass, latest: float) -> list[Entry]:

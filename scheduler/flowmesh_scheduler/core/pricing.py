@@ -62,7 +62,7 @@ def usd_per_s(state: State, klass: NodeClass) -> float:
 
 
 def _own_wish(state: State, work: Work, now_us: int) -> float:
-    """Return by how much work is wanted more than other work of its tenant: by priority, deadline, and how long its run goes on."""
+    """Return by how much work is wanted more than other work of its tenant: by priority, deadline, and the age of its run."""
     wish = 1.25**work.priority if work.priority else 1.0
     if state.settings.age_s:
         accepted_us = next(iter(work.waiters)).run.acceptance.accepted_at_us

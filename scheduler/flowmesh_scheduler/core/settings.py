@@ -94,7 +94,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What a second of waiting costs a run, in seconds of a usual node: less saves money, more saves time."""
 
     age_s: float = 200.0
-    """After so long the operators of a run are wanted twice as much as at first, after twice that three times; 0: no more ever."""
+    """After so long the operators of a run are wanted twice as much as at first, after twice that three times; 0: never more."""
 
     deadline_weight: float = 4.0
     """By how much more work is wanted as the slack to its stage's deadline goes to nothing."""
