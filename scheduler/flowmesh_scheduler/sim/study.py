@@ -14,7 +14,7 @@ from flowmesh_scheduler.sim.metrics import Figures
 from flowmesh_scheduler.sim.policies import ISOLATED, POLICIES
 from flowmesh_scheduler.sim.rental import Terms
 from flowmesh_scheduler.sim.simulation import Simulation
-from flowmesh_scheduler.sim.workloads import OVERLAP, WORKLOADS, Scenario, Shared, mix, shared
+from flowmesh_scheduler.sim.workloads import OVERLAP, SPARSE, WORKLOADS, Scenario, Shared, mix, mix_sparse, shared
 
 TUNING_SEED = 1
 """First of the seeds on which anything may be tuned (to 9)."""
@@ -50,7 +50,9 @@ class Outcome:
 
 def scenario_of(job: Job) -> Scenario:
     """Return what happens in a job."""
-    return mix(job.seed, job.overlap) if job.workload == "mix" else WORKLOADS[job.workload](job.seed)
+    if job.workload == "mix":
+        return mix(job.seed, job.overlap)
+    return mix_sparse(job.seed) if job.workload == SPARSE else WORKLOADS[job.workload](job.seed)
 
 
 def settings_of(job: Job) -> Settings:
@@ -100,5 +102,6 @@ def whole_study(seeds: Sequence[int], ablation_seeds: Sequence[int]) -> list[Job
     for overlap in OVERLAPS:
         if overlap != OVERLAP:
             jobs += every_job(("mix",), ("ours", ISOLATED), seeds, overlap)
+    jobs += every_job((SPARSE,), ("ours", ISOLATED), seeds)
     jobs += [Job(workload, "ours", seed, ablate=part) for part in ABLATIONS for workload in WORKLOADS for seed in ablation_seeds]
     return jobs

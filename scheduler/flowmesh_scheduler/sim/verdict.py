@@ -13,7 +13,7 @@ from statistics import fmean
 from flowmesh_scheduler.sim.metrics import Figures
 from flowmesh_scheduler.sim.policies import ISOLATED
 from flowmesh_scheduler.sim.study import OVERLAPS, Outcome
-from flowmesh_scheduler.sim.workloads import OVERLAP, WORKLOADS
+from flowmesh_scheduler.sim.workloads import OVERLAP, SPARSE, WORKLOADS
 
 OURS = "ours"
 SIMPLE = ("fifo", "random", "round-robin", "published")
@@ -120,6 +120,10 @@ def records(table: Table, seed: int) -> list[Record]:
         found.append(record(f"mix_energy_ratio_vs_isolated.overlap_{overlap * 100:.0f}", "energy_kwh", *pair))
         found.append(record(f"mix_p95_ratio_vs_isolated.overlap_{overlap * 100:.0f}", "response_p95_s", *pair))
         found.append(_measured(table, overlap, seed, name))
+    if table.has(SPARSE, OURS) and table.has(SPARSE, ISOLATED):
+        pair = ((SPARSE, ISOLATED, OVERLAP, ""), (SPARSE, OURS, OVERLAP, ""))
+        for short, figure in (("cost", "cost_usd"), ("energy", "energy_kwh"), ("p95", "response_p95_s")):
+            found.append(record(f"mix_{short}_ratio_vs_isolated.sparse", figure, *pair))
     worst: list[tuple[float, str]] = []
     for workload in WORKLOADS:
         if not table.has(workload, OURS):

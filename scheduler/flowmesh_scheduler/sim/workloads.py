@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from flowmesh_mesh.identity import identity_record, operator_key
@@ -98,14 +98,22 @@ def _ordered(arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
     return tuple(sorted(arrivals, key=lambda a: (a.at_s, a.run)))
 
 
-def mix(seed: int, overlap: float = OVERLAP) -> Scenario:
-    """Four tenants post-train: SFT, DPO, PPO-like rounds and reward models, partly from the same recipes."""
+def mix(seed: int, overlap: float = OVERLAP, sweep_s: float = _SWEEP_S) -> Scenario:
+    """Four tenants post-train: SFT, DPO, PPO-like rounds and reward models, partly from the same recipes.
+
+    Each starts sweeps of four variants, ``sweep_s`` apart on average.
+    """
     found = []
     for tenant in ("ada", "ben", "cyd", "dov"):
-        starts = _submit_times(6, _SWEEP_S, "mix", seed, tenant)
+        starts = _submit_times(6, sweep_s, "mix", seed, tenant)
         times = [at_s + 5.0 * variant for at_s in starts for variant in range(4)]
         found += _arrivals(tenant, times, lambda index, tenant=tenant: _pipeline(tenant, index, seed, overlap))  # type: ignore[misc]
     return Scenario("mix", seed, _ordered(found), _HAZARD, _OFFERS)
+
+
+def mix_sparse(seed: int) -> Scenario:
+    """The mix with half as much going on at a time: how much of the gain rests on a mesh that is busy."""
+    return replace(mix(seed, sweep_s=2 * _SWEEP_S), name=SPARSE)
 
 
 def _agent(tenant: str, index: int, seed: int, models: Pick, common: int) -> Manifest:
@@ -175,6 +183,9 @@ def hot_model(seed: int) -> Scenario:
         found += _arrivals(tenant, times, write)
     return Scenario("hot-model", seed, _ordered(found), _HAZARD, _OFFERS)
 
+
+SPARSE = "mix-sparse"
+"""Reported beside the workloads, against one pipeline per GPU only."""
 
 WORKLOADS: dict[str, Callable[..., Scenario]] = {
     "mix": mix,
