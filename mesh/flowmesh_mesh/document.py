@@ -21,7 +21,7 @@ EDGES_MAX = 10_000_000
 DOCUMENT_KEYS = ("apiVersion", "name", "doc", "params", "share", "priority", "deadline_s", "operators", "outputs")
 PARAMETER_KEYS = ("type", "default", "doc")
 SETTING_KEYS = ("resources", "retry", "timeout", "priority", "deadline_s", "share", "numeric", "reusable")
-OPERATOR_KEYS = ("type", "doc", "inputs", "with", "function", "source", "foreach", "shards", *SETTING_KEYS)
+OPERATOR_KEYS = ("type", "doc", "inputs", "with", "function", "source", "foreach", "shards", "rows", *SETTING_KEYS)
 
 
 def load_document(path: str | Path) -> tuple[Any, Positions]:

@@ -16,9 +16,8 @@ from flowmesh_mesh.problems import Place, Problems, nearest, shown
 from flowmesh_mesh.references import check_model
 from flowmesh_mesh.settings import Settings, read_settings
 from flowmesh_mesh.substitution import MISSING, Substitution, mentions_item
-from flowmesh_mesh.vertices import Rank, Vertex
+from flowmesh_mesh.vertices import AUTO, SHARDS_MAX, Rank, Shards, Vertex
 
-SHARDS_MAX = 100_000
 FAULTY_ITEMS_MAX = 10
 """After this many problems, the other items of a ``foreach`` are not looked at."""
 
@@ -62,7 +61,7 @@ class Expander:
         self._add(str(name), entry, kind, group, items, place)
 
     def _add(self, name: str, entry: dict[str, Any], kind: OperatorType, group: Group, items: Any, place: Place) -> None:
-        common = {key: entry[key] for key in (*SETTING_KEYS, "shards") if key in entry}
+        common = {key: entry[key] for key in (*SETTING_KEYS, "shards", "rows") if key in entry}
         own: dict[str, Any] = {key: entry[key] for key in ("with", "inputs", "function") if key in entry}
         moving = [key for key, value in own.items() if items is not None and mentions_item(value)]
         fixed = {key: self._substitution.apply(own[key], (*place, key)) for key in own if key not in moving}
@@ -72,7 +71,7 @@ class Expander:
                 group.vertices.append(self._vertex(name, (name, (), ""), kind, settings, shards, entry, fixed, place))
             return
         same = None if mentions_item(common) else self._common(common, kind, place)
-        if not self._has_room(len(items), same[1] if same else 1, place):
+        if not self._has_room(len(items), same[1] if same else Shards(), place):
             return
         faults = self._problems.count
         for number, item in enumerate(items):
@@ -93,7 +92,7 @@ class Expander:
         rank: Rank,
         kind: OperatorType,
         settings: Settings,
-        shards: int,
+        shards: Shards,
         entry: dict[str, Any],
         values: dict[str, Any],
         place: Place,
@@ -112,8 +111,8 @@ class Expander:
         self.vertices.append(vertex)
         return len(self.vertices) - 1
 
-    def _has_room(self, items: int, shards: int, place: Place) -> bool:
-        self._count += items * (shards + 2 if shards > 1 else 1)
+    def _has_room(self, items: int, shards: Shards, place: Place) -> bool:
+        self._count += items * (shards.number + 2 if shards.number > 1 else 1)
         if self._count > OPERATORS_MAX:
             message = f"the workflow has more than {OPERATORS_MAX} operators"
             self._problems.add(place, message, "Give each operator more rows, or submit several workflows.")
@@ -183,21 +182,46 @@ class Expander:
             return MISSING
         return range(value)
 
-    def _common(self, common: Mapping[str, Any], kind: OperatorType, place: Place) -> tuple[Settings, int]:
+    def _common(self, common: Mapping[str, Any], kind: OperatorType, place: Place) -> tuple[Settings, Shards]:
         values = {key: self._substitution.apply(value, (*place, key)) for key, value in common.items()}
         values = {key: value for key, value in values.items() if value is not MISSING}
-        shards = values.pop("shards", 1)
+        shards, rows = values.pop("shards", 1), values.pop("rows", None)
         settings = read_settings(values, place, self._problems, self._settings) if values else self._settings
+        return settings, self._shards(shards, rows, kind, place, is_cut="shards" in common)
+
+    def _shards(self, shards: Any, rows: Any, kind: OperatorType, place: Place, *, is_cut: bool) -> Shards:
+        if rows is not None:
+            self._check_rows(rows, kind, place, is_cut=is_cut)
+        if shards == AUTO and isinstance(shards, str) and kind.shards_by:
+            is_number = isinstance(rows, int) and not isinstance(rows, bool)
+            return Shards(1, True, rows if is_number else -1)
+        if shards == AUTO:
+            shards = 2  # refused below, as any number of shards is
         if isinstance(shards, bool) or not isinstance(shards, int) or not 1 <= shards <= SHARDS_MAX:
             self._problems.add(
-                (*place, "shards"), f"must be an integer from 1 to {SHARDS_MAX}, not {shown(shards)}", "Write a whole number."
+                (*place, "shards"),
+                f"must be an integer from 1 to {SHARDS_MAX} or 'auto', not {shown(shards)}",
+                "Write a whole number, or 'auto'.",
             )
-            return settings, 1
+            return Shards()
         if shards > 1 and not kind.shards_by:
             able = ", ".join(sorted(name for name, other in CATALOG.items() if other.shards_by))
             self._problems.add((*place, "shards"), f"{kind.name} cannot be cut into shards", f"These can: {able}.", key=True)
-            return settings, 1
-        return settings, shards
+            return Shards()
+        return Shards(shards)
+
+    def _check_rows(self, rows: Any, kind: OperatorType, place: Place, *, is_cut: bool) -> None:
+        place = (*place, "rows")
+        if isinstance(rows, bool) or not isinstance(rows, int):
+            hint = "Write about how many rows it will get, beside 'shards: auto'."
+            if "rows" in kind.inputs:
+                hint = f"'rows' is an input port of {kind.name}: write it under 'inputs:'."
+            self._problems.add(place, f"unknown key 'rows', unless it is a number of rows, not {shown(rows)}", hint, key=True)
+        elif rows < 1:
+            self._problems.add(place, f"must be at least 1, not {rows}", "Write about how many rows it will get.")
+        elif not is_cut:
+            hint = "Write 'shards: auto' beside it, or leave it out."
+            self._problems.add(place, "a number of rows is only a hint for 'shards: auto'", hint, key=True)
 
     def _bind_models(self, vertex: Vertex, place: Place) -> None:
         for role, name in vertex.kind.models.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowmesh_mesh.document import API_VERSION, DOCUMENT_KEYS
+from flowmesh_mesh.document import API_VERSION, DOCUMENT_KEYS, OPERATORS_MAX
 from flowmesh_mesh.expansion import Expander
 from flowmesh_mesh.feeds import Edge, FeedReader, Given, Group
 from flowmesh_mesh.names import check_name, is_name
@@ -16,7 +16,7 @@ from flowmesh_mesh.parameters import bind_parameters
 from flowmesh_mesh.problems import Problems, nearest, shown
 from flowmesh_mesh.settings import Settings, read_settings
 from flowmesh_mesh.substitution import MISSING, Substitution
-from flowmesh_mesh.vertices import Vertex, check_names, cut_shards
+from flowmesh_mesh.vertices import Vertex, check_names, cut_shards, settled
 
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -31,8 +31,24 @@ class Plan:
     outputs: dict[str, Edge]
 
 
-def plan_document(data: Any, base: Path | None, given: Mapping[str, Any], problems: Problems) -> Plan | None:
-    """Check a document and plan it; None or a plan that must not be used where problems were noted."""
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A document whose operators are expanded and connected, but not yet cut into shards nor put into order."""
+
+    name: str
+    vertices: list[Vertex]
+    outputs: dict[str, Edge]
+    documented: Mapping[Any, Any]
+    """The operators as the document names them."""
+
+    @property
+    def has_auto(self) -> bool:
+        """Tell whether a number of shards is yet to be settled."""
+        return any(vertex.shards.is_auto for vertex in self.vertices)
+
+
+def draw_document(data: Any, base: Path | None, given: Mapping[str, Any], problems: Problems) -> Drawing | None:
+    """Expand and connect the operators of a document; what must not be used, or None, where problems were noted."""
     if not isinstance(data, Mapping):
         problems.add((), f"a workflow is a mapping, not {shown(data)}", "Begin with 'apiVersion: flowmesh/v1'.")
         return None
@@ -54,12 +70,23 @@ def plan_document(data: Any, base: Path | None, given: Mapping[str, Any], proble
     for key, entry in operators.items():
         expander.expand(key, entry)
     outputs = _connect(expander, data.get("outputs"), substitution, base, problems)
-    vertices = expander.vertices
+    return Drawing(str(name), expander.vertices, outputs, operators)
+
+
+def lay_out(drawing: Drawing, counts: Mapping[str, int], problems: Problems) -> Plan:
+    """Cut shards and put everything into order; ``counts`` settles ``shards: auto`` by name, 1 where it says nothing.
+
+    A drawing in which something was to be settled stays as it is and may be laid out again with other numbers.
+    """
+    vertices = settled(drawing.vertices, counts) if drawing.has_auto else drawing.vertices
     cut_shards(vertices)
-    check_names(vertices, operators, problems)
+    if len(vertices) > OPERATORS_MAX:
+        message = f"the workflow has more than {OPERATORS_MAX} operators"
+        problems.add(("operators",), message, "Write smaller numbers of shards, or submit several workflows.")
+    check_names(vertices, drawing.documented, problems)
     order = order_vertices(vertices, problems)
     spread_privacy(vertices, order, problems)
-    return Plan(str(name), vertices, order, outputs)
+    return Plan(drawing.name, vertices, order, drawing.outputs)
 
 
 def _check_envelope(data: Mapping[str, Any], problems: Problems) -> None:

@@ -15,10 +15,10 @@ import msgspec
 
 from flowmesh_mesh.catalog import CATALOG, KINDS, OperatorType
 from flowmesh_mesh.document import API_VERSION
-from flowmesh_mesh.expansion import SHARDS_MAX
 from flowmesh_mesh.names import NAME_MAX_LENGTH
 from flowmesh_mesh.parameters import PARAMETER_TYPES
 from flowmesh_mesh.settings import DURATION_MAX_S, PRIORITY_MAX, SHARES
+from flowmesh_mesh.vertices import AUTO, SHARDS_MAX
 
 SCHEMA_FILE = "docs/schema/workflow-v1.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -82,7 +82,8 @@ def _operator() -> dict[str, Any]:
             "function": {"type": "string"},
             "source": {"type": "string"},
             "foreach": _foreach(),
-            "shards": _or_substituted({"type": "integer", "minimum": 1, "maximum": SHARDS_MAX}),
+            "shards": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": SHARDS_MAX}, {"const": AUTO}, _SUBSTITUTED]},
+            "rows": _or_substituted({"type": "integer", "minimum": 1}),
             "resources": _record(
                 {
                     "gpus": _or_substituted(whole),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowmesh_mesh.catalog import OperatorType, operator_type
 from flowmesh_mesh.feeds import Edge, Feed, Given
@@ -13,6 +13,22 @@ from flowmesh_mesh.problems import Place, Problems
 from flowmesh_mesh.settings import Settings
 
 Rank = tuple[str, tuple[int, ...], str]
+
+SHARDS_MAX = 100_000
+
+AUTO = "auto"
+"""In place of a number of shards: it is settled at submission, by what the rows are predicted to cost."""
+
+
+class Shards(NamedTuple):
+    """How an operator is to be cut; with ``is_auto`` the number is yet to be settled. ``rows`` is a hint, -1 for none."""
+
+    number: int = 1
+    is_auto: bool = False
+    rows: int = -1
+
+
+WHOLE = Shards()
 
 
 @dataclass(slots=True)
@@ -30,7 +46,7 @@ class Vertex:
     models: dict[str, str] = field(default_factory=dict)
     folders: dict[str, Given] = field(default_factory=dict)
     code: Given | None = None
-    shards: int = 1
+    shards: Shards = WHOLE
     share: str = ""
     is_share_explicit: bool = False
 
@@ -38,13 +54,21 @@ class Vertex:
 def cut_shards(vertices: list[Vertex]) -> None:
     """Cut each vertex with shards into a data.split, its shards and a data.concat, which takes the place of the vertex."""
     for number in range(len(vertices)):
-        if vertices[number].shards > 1:
+        if vertices[number].shards.number > 1:
             _cut(vertices, number)
+
+
+def settled(vertices: Iterable[Vertex], counts: Mapping[str, int]) -> list[Vertex]:
+    """Return copies of vertices in which ``shards: auto`` has become a number, by name; 1 where there is none."""
+    return [
+        replace(vertex, shards=Shards(counts.get(vertex.name, 1)) if vertex.shards.is_auto else vertex.shards)
+        for vertex in vertices
+    ]
 
 
 def _cut(vertices: list[Vertex], number: int) -> None:
     whole = vertices[number]
-    port, count = whole.kind.shards_by, whole.shards
+    port, count = whole.kind.shards_by, whole.shards.number
     group, numbers, _ = whole.rank
     split = Vertex(
         f"{whole.name}-split",
@@ -61,7 +85,8 @@ def _cut(vertices: list[Vertex], number: int) -> None:
     for shard in range(count):
         part: list[Feed] = [Edge(at, "parts", shard)]
         rank = (group, (*numbers, shard), "shard")
-        vertices.append(replace(whole, name=f"{whole.name}-{shard}", rank=rank, feeds={**whole.feeds, port: part}, shards=1))
+        feeds = {**whole.feeds, port: part}
+        vertices.append(replace(whole, name=f"{whole.name}-{shard}", rank=rank, feeds=feeds, shards=Shards()))
     output = next(iter(whole.kind.outputs))
     whole.feeds = {"rows": [Edge(at + 1 + shard, output) for shard in range(count)]}
     whole.kind, whole.params, whole.settings = operator_type("data.concat"), {}, _light(whole.settings)

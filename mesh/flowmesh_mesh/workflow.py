@@ -88,8 +88,9 @@ class Workflow:
     def add(self, name: str, type: str, /, **given: Any) -> Handle:
         """Add an operator and return its handle.
 
-        Keyword arguments that are keys of an operator (inputs, shards, resources, retry, timeout, ...) are taken as such;
-        those that name an input port connect it; the others are parameters. ``with_`` and ``inputs`` take mappings.
+        Keyword arguments that are keys of an operator (inputs, shards, resources, retry, timeout, ...) are taken as such,
+        ``rows`` where it is a number; those that name an input port connect it; the others are parameters. ``with_`` and
+        ``inputs`` take mappings.
         """
         if name in self._operators:
             raise UsageError(f"there is an operator {name!r} already", hint="Choose another name.")
@@ -98,7 +99,7 @@ class Workflow:
         inputs = {port: _plain_input(value) for port, value in dict(given.pop("inputs", None) or {}).items()}
         params = dict(given.pop("with_", None) or {})
         for key, value in given.items():
-            if key in OPTIONS:
+            if key in OPTIONS and not _is_rows_port(key, value):
                 entry[key] = value
             elif _is_port(kind, key, value):
                 inputs[key] = _plain_input(value)
@@ -160,6 +161,11 @@ class Workflow:
         if self._outputs:
             document["outputs"] = self._outputs
         return document
+
+
+def _is_rows_port(key: str, value: Any) -> bool:
+    """Tell whether ``rows`` is meant as the port of that name, not as the number beside ``shards="auto"``."""
+    return key == "rows" and not (isinstance(value, int) or (isinstance(value, str) and value.startswith("${")))
 
 
 def _is_port(kind: OperatorType | None, key: str, value: Any) -> bool:

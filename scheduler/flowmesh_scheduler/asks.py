@@ -14,7 +14,7 @@ from flowmesh_mesh import __version__, subjects
 from flowmesh_mesh.bus import Delivery
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
-from flowmesh_scheduler import cordons, explanations, lineage, tenants
+from flowmesh_scheduler import cordons, explanations, lineage, sharding, tenants
 from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.recovery import evaluate
 from flowmesh_scheduler.core.state import Node, Run, Vertex, VertexState
@@ -290,6 +290,7 @@ _ANSWERS: dict[str, Any] = {
     "lineage": _lineage,
     "why": explanations.why,
     "plan": explanations.plan,
+    "shards": sharding.shards,
     "cordon": cordons.cordon,
     "uncordon": cordons.uncordon,
     "unquarantine": cordons.unquarantine,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -163,7 +163,7 @@ async def plan(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, A
     from flowmesh_scheduler.service import now_us
 
     manifest_cid, manifest = await _manifest(leader, tenant, args)
-    models, unknown = await _models(leader, manifest)
+    models, unknown = await known_models(leader, intake.references(manifest))
     share, at_us = leader.config.share, now_us()
     acceptance = Acceptance(tenant, "", manifest_cid, at_us, models=models, share=share)
     sizes = leader.resolver.sizes
@@ -197,11 +197,19 @@ async def _manifest(leader: Leader, tenant: str, args: Mapping[str, Any]) -> tup
     return cid, manifest
 
 
-async def _models(leader: Leader, manifest: Manifest) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the digests of the models that are known or can be told soon, and why the others are not."""
+async def known_models(
+    leader: Leader, references: Iterable[str], *, asks_for_content: bool = True
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the digests of the models that are known or can be told soon, and why the others are not.
+
+    Without ``asks_for_content`` nobody is asked for models given by content, which may not have reached the mesh yet.
+    """
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    for reference in sorted(intake.references(manifest)):
+    for reference in sorted(references):
+        if not asks_for_content and reference.startswith("cid:"):
+            found |= leader.resolver.known([reference]) or {}
+            continue
         try:
             async with asyncio.timeout(RESOLVE_WAIT_S):
                 found |= await leader.resolver.resolve([reference])

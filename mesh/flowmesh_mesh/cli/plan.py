@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from flowmesh_mesh.cli.options import AsJson, ContextOption, TenantOption, on_mesh
 from flowmesh_mesh.cli.output import clean, print_json, print_table, span
-from flowmesh_mesh.cli.workflows import FileArgument, ParamOption, read_params
+from flowmesh_mesh.cli.workflows import FileArgument, ParamOption, print_settled, read_params
+
+if TYPE_CHECKING:
+    from flowmesh_mesh.client import Mesh
+    from flowmesh_mesh.client.submission import Prepared
+    from flowmesh_mesh.sharding import Settled
 
 
 def plan(
@@ -26,16 +32,22 @@ def plan(
 
     with scratch() as store:
         prepared = prepare(file, read_params(param), store)
-        found = on_mesh(context, tenant, lambda mesh: mesh.plan_prepared(prepared))
+        settled, found = on_mesh(context, tenant, lambda mesh: _plan(mesh, prepared))
     if as_json:
         print_json(found)
         return
-    _print(found)
+    _print(found, settled)
     print(f"next:\n  flowmesh submit {file}" + "".join(f" -p {entry}" for entry in param or ()))
 
 
-def _print(found: dict[str, Any]) -> None:
+async def _plan(mesh: Mesh, prepared: Prepared) -> tuple[Sequence[Settled], dict[str, Any]]:
+    prepared = await mesh.settle(prepared)
+    return prepared.settled, await mesh.plan_prepared(prepared)
+
+
+def _print(found: dict[str, Any], settled: Sequence[Settled] = ()) -> None:
     print(clean(f"workflow   {found['name']}, {found['operators']} operators"))
+    print_settled(settled)
     print(
         f"shared     {found['hits']} have results, {found['in_flight']} run already, {found['merged']} are equal to others in it"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from flowmesh_mesh.names import check_name, is_identifier
 if TYPE_CHECKING:
     from flowmesh_mesh.client import Mesh
     from flowmesh_mesh.client.submission import Prepared
+    from flowmesh_mesh.sharding import Settled
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The workflow: YAML or JSON.")]
 ParamOption = Annotated[
@@ -64,12 +66,19 @@ def validate(file: FileArgument, param: ParamOption = None, as_json: AsJson = Fa
     from flowmesh_mesh.client.submission import prepare
 
     with scratch() as store:
-        found = describe(prepare(file, read_params(param), store))
+        prepared = prepare(file, read_params(param), store)
+        found, auto = describe(prepared), prepared.draft.auto if prepared.draft is not None else []
+    if auto:
+        found["manifest"] = None  # it depends on the numbers
     if as_json:
-        print_json({"valid": True, **found})
+        print_json({"valid": True, **found, "auto": auto})
         return
     print(f"{file} is valid: {found['name']}, {found['operators']} operators, outputs: {', '.join(found['outputs']) or 'none'}")
-    print(f"manifest {found['manifest']}")
+    if auto:
+        print(f"shards: auto of {', '.join(auto)} is settled at submission; each counts as one operator here")
+        print(f"next:\n  flowmesh plan {file}" + "".join(f" -p {entry}" for entry in param or ()))
+    else:
+        print(f"manifest {found['manifest']}")
 
 
 def submit(
@@ -99,9 +108,12 @@ def submit(
 async def _submit(mesh: Mesh, prepared: Prepared, run: str | None, *, is_watched: bool, as_json: bool) -> None:
     from flowmesh_mesh.cli.runs import to_end
 
+    prepared = await mesh.settle(prepared)
+    if not as_json:
+        print_settled(prepared.settled)
     handle = await mesh.submit_prepared(prepared, run)
     found = describe(prepared)
-    document = {"run": handle.id, **found, "state": "accepted"}
+    document = {"run": handle.id, **found, "state": "accepted", "shards": [each.plain() for each in prepared.settled]}
     del document["outputs"]  # names here, contents once the run has ended
     if is_watched:
         await to_end(handle, document, as_json=as_json)
@@ -110,6 +122,17 @@ async def _submit(mesh: Mesh, prepared: Prepared, run: str | None, *, is_watched
     else:
         print(f"run {handle.id} accepted: {found['name']}, {found['operators']} operators")
         print_next(handle.id, ("watch", ""), ("show", ""), ("get", " -o results"))
+
+
+SETTLED_SHOWN = 20
+
+
+def print_settled(settled: Sequence[Settled]) -> None:
+    """Print which numbers of shards were chosen, and why."""
+    for each in settled[:SETTLED_SHOWN]:
+        print(clean(f"shards     {each.text}"))
+    if len(settled) > SETTLED_SHOWN:
+        print(f"shards     and of {len(settled) - SETTLED_SHOWN} other operators (--json has all)")
 
 
 def print_next(run: str, *commands: tuple[str, str]) -> None:

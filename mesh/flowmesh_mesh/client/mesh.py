@@ -146,6 +146,10 @@ class Mesh:
                 prepared = submission.prepare(workflow, params, store)
             return await submission.submit(self, prepared, run, deadline_s)
 
+    async def settle(self, prepared: submission.Prepared) -> submission.Prepared:
+        """Ask how many shards each operator with ``shards: auto`` is best cut into; ``settled`` of what is returned tells why."""
+        return await submission.settle(self.bus, prepared)
+
     async def submit_prepared(
         self, prepared: submission.Prepared, run: str | None = None, deadline_s: float = SUBMIT_DEADLINE_S
     ) -> Run:
@@ -215,13 +219,15 @@ class Mesh:
 
     async def plan_prepared(self, prepared: submission.Prepared) -> dict[str, Any]:
         """Plan what :func:`flowmesh_mesh.client.submission.prepare` made; only its manifest is sent."""
+        prepared = await self.settle(prepared)
         cid = prepared.compiled.cid
         block = prepared.store.get(cid)
         is_inline = len(block) <= INLINE_MAX_BYTES
         if not is_inline:
             await blocks.put_blocks(self.bus, prepared.store, [cid])
         args = {"manifest": cid, "blocks": [block] if is_inline else []}
-        return cast("dict[str, Any]", await ask(self.bus, "plan", args, deadline_s=PLAN_DEADLINE_S, timeout_s=PLAN_DEADLINE_S))
+        found = await ask(self.bus, "plan", args, deadline_s=PLAN_DEADLINE_S, timeout_s=PLAN_DEADLINE_S)
+        return {**found, "shards": [each.plain() for each in prepared.settled]}
 
     async def lineage(self, subject: str) -> dict[str, Any]:
         """Return the lineage of a run (id or prefix) or of a content (CID text): records, inputs, models."""

@@ -7,14 +7,17 @@ import base64
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from flowmesh_cas.cid import DAG_CBOR, cid_text
 from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.client.blocks import put
+from flowmesh_mesh.client.questions import ask
 from flowmesh_mesh.client.run import Run
 from flowmesh_mesh.messages import INLINE_MAX_BYTES, Submit, encode
 from flowmesh_mesh.names import check_name
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
     from flowmesh_cas.store import BlockStore
     from flowmesh_mesh.bus import Bus
     from flowmesh_mesh.client.mesh import Mesh
-    from flowmesh_mesh.compiler import Compiled
+    from flowmesh_mesh.compiler import Compiled, Draft
+    from flowmesh_mesh.sharding import Settled
+
+WISHES_MAX = 500
+"""Most operators whose shards are asked for in one question."""
 
 STORE_TIMEOUT_S = 2.0
 """How long one publication waits for the broker's acknowledgement before it is repeated under the same run id."""
@@ -36,10 +43,15 @@ def new_run_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A compiled workflow and the store that holds its blocks until the mesh does."""
+    """A compiled workflow and the store that holds its blocks until the mesh does.
+
+    While there is a ``draft``, numbers of shards are yet to be settled, and the workflow is compiled as if they were 1.
+    """
 
     compiled: Compiled
     store: BlockStore
+    draft: Draft | None = None
+    settled: tuple[Settled, ...] = ()
 
 
 def prepare(workflow: Any, params: Mapping[str, Any] | None, store: BlockStore) -> Prepared:
@@ -47,14 +59,36 @@ def prepare(workflow: Any, params: Mapping[str, Any] | None, store: BlockStore) 
 
     Paths in a document file stand from its folder, in others from the current one. Raise DocumentError with all problems.
     """
-    from flowmesh_mesh.compiler import Compiled, compile_document, compile_file
+    from flowmesh_mesh.compiler import Compiled, Draft, draft_file
 
     if isinstance(workflow, Compiled):
         store.put(DAG_CBOR, workflow.block)
         return Prepared(workflow, store)
     if isinstance(workflow, (str, os.PathLike)):
-        return Prepared(compile_file(Path(workflow), params=params, store=store), store)
-    return Prepared(compile_document(workflow, base=Path.cwd(), params=params, store=store), store)
+        draft = draft_file(Path(workflow), params=params, store=store)
+    else:
+        draft = Draft(workflow, base=Path.cwd(), params=params, store=store)
+    return Prepared(draft.compile({}), store, draft if draft.auto else None)
+
+
+async def settle(bus: Bus, prepared: Prepared) -> Prepared:
+    """Ask the mesh for every number of shards that is to be settled, and compile with them; what is settled stays as it is."""
+    from flowmesh_mesh.sharding import Choice, Settled
+
+    draft = prepared.draft
+    if draft is None:
+        return prepared
+    wishes = await asyncio.to_thread(draft.wishes)
+    distinct = list({id(wish): wish for wish in wishes.values()}.values())
+    choices: dict[int, Choice] = {}
+    for start in range(0, len(distinct), WISHES_MAX):
+        some = distinct[start : start + WISHES_MAX]
+        answer = await ask(bus, "shards", {"operators": msgspec.to_builtins(some)})
+        told = msgspec.convert(answer["choices"], list[Choice])
+        choices |= {id(wish): choice for wish, choice in zip(some, told, strict=True)}
+    settled = tuple(Settled(name, choices[id(wish)]) for name, wish in wishes.items())
+    compiled = await asyncio.to_thread(draft.compile, {each.operator: each.choice.shards for each in settled})
+    return replace(prepared, compiled=compiled, draft=None, settled=settled)
 
 
 def inline_blocks(store: BlockStore, root: bytes) -> tuple[bytes, ...] | None:
@@ -123,9 +157,11 @@ async def publish(bus: Bus, run: str, payload: bytes, deadline_s: float, first: 
 
 async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: float) -> Run:
     """Send a compiled workflow and return its run once the mesh has accepted it; raise UsageError when it is refused."""
-    compiled, bus = prepared.compiled, mesh.bus
+    bus = mesh.bus
     is_named = run is not None
     run = new_run_id() if run is None else check_name(run, "run")
+    prepared = await settle(bus, prepared)
+    compiled = prepared.compiled
     blocks = inline_blocks(prepared.store, compiled.cid)
     if blocks is None:
         await put(bus, prepared.store, compiled.cid)
@@ -143,7 +179,7 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
     if handle.end is not None:
         mesh.forget(handle)
     if is_named:
-        await _check_same(handle, compiled.cid)
+        await _check_same(handle, prepared)
     return handle
 
 
@@ -177,10 +213,11 @@ def rejection(run: str, body: Mapping[str, Any]) -> UsageError:
     return UsageError(f"run {run} was rejected: {text}" + "".join(f"\n  {problem}" for problem in problems))
 
 
-async def _check_same(handle: Run, cid: bytes) -> None:
+async def _check_same(handle: Run, prepared: Prepared) -> None:
     """Raise UsageError when the run that has this id is one of another workflow."""
     known = (await handle.status(limit=1)).get("manifest")
-    if known and known != cid_text(cid):
-        raise UsageError(
-            f"run {handle.id} exists already, with another workflow", hint="Choose another run id, or leave --run out."
-        )
+    if known and known != cid_text(prepared.compiled.cid):
+        hint = "Choose another run id, or leave --run out."
+        if prepared.settled:
+            hint += " 'shards: auto' may have become another number than at first: it stands in the plan; write one instead."
+        raise UsageError(f"run {handle.id} exists already, with another workflow", hint=hint)

@@ -59,6 +59,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     batch_max_s: float = 60.0
     """Most seconds that a batch of several operators is predicted to take: bounds what a lost node costs, and a tenant's wait."""
 
+    shard_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """Most seconds that a shard of ``shards: auto`` is predicted to take: what a lost node costs."""
+
+    shard_overhead: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.05
+    """Most of the time of such an operator that may be spent on no row: longer shards rather than more overhead."""
+
+    shard_fixed_s: Annotated[float, msgspec.Meta(ge=0)] = 0.02
+    """What a shard costs beside its execution: its assignment, its commit, its place in the split and the concat."""
+
     memory_waves: float = 4.0
     """How many times what fits into a device's memory beside the model a batch may hold: the engine takes the rest as places come
     free, and larger batches would gain nothing."""
