@@ -1,8 +1,8 @@
 """What a decision costs: the core alone, a thousand nodes of eight kinds, two hundred batch keys, so many ready operators.
 
 The operators become ready while the core is cut off; then it gets its nodes back and works everything off: each batch is
-answered, its results are committed, the freed node gets the next. Counted is the time inside ``step`` from then on, per operator. Not
-counted is encoding (result records, receipts), which is the ledger's, and what the benchmark itself does. Memory is what the
+answered, its results are committed, the freed node gets the next. Counted is the time inside ``step`` from then on, per operator.
+Not counted is encoding (result records, receipts), which is the ledger's, and what the benchmark itself does. Memory is what the
 process grew by while the operators became ready, the workflow's own records not counted.
 
 ``python -m bench.decision COUNT [FILE]`` measures one size in a process of its own.
@@ -136,6 +136,14 @@ class _Bench:
         self.apply(e.DoneReceived(Done(assignment.node, assignment.id, 1, found, "U", b"")))
 
 
+    def wait(self) -> None:
+        """Let a moment pass in which all nodes show that they are there; their beats are not counted."""
+        self.now_us += SECOND_US // 10
+        for node in self.state.nodes.values():
+            node.last_beat_us = self.now_us
+        self.apply(e.Tick())
+
+
 def measure(count: int) -> list[Figure]:
     """Return microseconds and bytes per operator with ``count`` operators ready."""
     bench, models = _Bench(), {f"hf:model-{i}": f"sha256:{i:064x}" for i in range(BATCH_KEYS // 2)}
@@ -162,8 +170,7 @@ def measure(count: int) -> list[Figure]:
         if bench.assigned:
             bench.answer()
         else:
-            bench.now_us += SECOND_US // 10
-            bench.apply(e.Tick())
+            bench.wait()
     assert len(bench.state.results) == count, f"{len(bench.state.results)} results of {count} operators"
     label = f"decision.{count}"
     return [

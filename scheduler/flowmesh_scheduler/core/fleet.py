@@ -68,7 +68,7 @@ def _leave(node: Node) -> None:
 
 def _enter(state: State, fleet: Fleet, node: Node) -> None:
     klass = node.klass
-    if klass is None or node.classed_as is not node.record:
+    if klass is None or (node.classed_as is not node.record and node.classed_as != node.record):
         _leave(node)
         klass = _class_of(state, fleet, node)
     for market, idle in klass.idle.items():

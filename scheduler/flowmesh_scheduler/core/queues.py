@@ -152,3 +152,24 @@ class Queue:
         self.version += 1
         self.head = None
         return taken
+
+    def ahead_of(self, work: Work) -> int:
+        """Return how many works would be taken before this one if all were taken now; all are looked at."""
+        ordered = {tenant: [e[3] for e in sorted(heap) if e[2] == e[3].ticket] for tenant, heap in self.heaps.items()}
+        heads = [(self.shares.due(t, works[0].charged_us), works[0].order, t, 0, 0) for t, works in ordered.items() if works]
+        heapify(heads)
+        ahead = 0
+        while heads:
+            _, _, tenant, index, taken_us = heads[0]
+            works = ordered[tenant]
+            if works[index] is work:
+                return ahead
+            ahead += 1
+            taken_us += works[index].charged_us
+            if index + 1 == len(works):
+                heappop(heads)
+                continue
+            following = works[index + 1]
+            due = self.shares.due(tenant, following.charged_us, taken_us)
+            heapreplace(heads, (due, following.order, tenant, index + 1, taken_us))
+        return ahead

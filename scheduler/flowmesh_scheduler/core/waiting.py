@@ -121,14 +121,7 @@ def _place(queue: Queue, work: Work) -> str:
         return ""
     if queue.count > _COUNTED_MAX:
         return f"; it is one of {queue.count} operators in its queue"
-    own = (-work.priority, work.order)
-    ahead = 0
-    for tenant, heap in queue.heaps.items():
-        for entry in heap:
-            other = entry[3]
-            if entry[2] != other.ticket or other is work:
-                continue
-            ahead += entry[:2] < own if tenant == work.tenant else (other.tag, other.order) < (work.tag, work.order)
+    ahead = queue.ahead_of(work)
     return f"; {ahead} of {queue.count} operators in its queue go before it"
 
 

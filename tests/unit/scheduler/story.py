@@ -118,6 +118,8 @@ class Story(Desk):
                     f"{run.vertices[i].operator.name} {word}{' (shared)' * s}" for i, word, _, _, s in command.changes
                 )
                 return f"change of {command.tenant}/{command.run}: {told}"
+            case c.RecordHealth():
+                return f"record that {command.health.node} is {command.health.state}: {command.health.reason}"
 
     def _inputs(self, item: Item) -> str:
         parts = [f"{self.labels[x.ref.cid]} from {', '.join(x.holders)}" for refs in item.inputs.values() for x in refs]

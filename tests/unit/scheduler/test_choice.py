@@ -101,10 +101,15 @@ def test_a_slow_node_is_better_than_a_wait_without_end() -> None:
     assert {a.node for a in made.assigned.values()} == {"fast", "slow"}
 
 
-def test_what_has_a_deadline_near_goes_first() -> None:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_has_a_deadline_near_goes_first(is_first: bool) -> None:
+    """Of models that take equally long to bring and to load, for that takes longer than the work itself."""
     made = Desk()
-    submit(made, "r1", generate("patient", "hf:a"))
-    submit(made, "r2", generate("urgent", "hf:b", deadline_s=3.0))
+    alike = dict.fromkeys(SIZES, 2 << 30)
+    urgent = workflow([generate("urgent", "hf:b", deadline_s=3.0)], {})
+    flows = {"r1": workflow([generate("patient", "hf:a")], {}), "r2": urgent}
+    for run in flows if is_first else reversed(flows):
+        made.submit(flows[run], run, models=MODELS, model_bytes=alike)
     made.join("n1", devices=card(GPUS[0]))
     assert names(made)[0] == ["urgent"]
 

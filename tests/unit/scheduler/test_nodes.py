@@ -199,3 +199,12 @@ def test_the_limit_on_lost_nodes_is_a_setting() -> None:
     made.submit(chain(1))
     made.lose(made.only().node)
     assert made.end().reason == "poison"
+
+
+def test_a_node_that_says_again_what_it_is_keeps_its_place() -> None:
+    """Whatever object it comes in: a replay, and a leader that was told over the wire, would else choose otherwise."""
+    made = desk("n1", "n2")
+    made.join("n1")
+    made.beat("n1")
+    ((klass,), order) = made.state.fleet.classes.values(), ["n1", "n2"]
+    assert [list(idle) for idle in klass.idle.values()] == [order] * len(klass.idle)

@@ -191,3 +191,16 @@ def test_the_count_of_the_same_batch_elsewhere_is_that_of_the_batch() -> None:
     desk.submit(workflow([operator(f"o{i}", nonce=i) for i in range(3)]))
     for plain in explained(desk):
         assert all(other["count"] == plain["count"] for other in plain["alternatives"] if other["queue"] == plain["queue"])
+
+
+def test_a_place_among_tenants_is_the_one_in_which_work_is_taken() -> None:
+    desk = Desk(settings=Settings(tenants={"ta": TenantSettings(weight=3.0)}))
+    for number in range(6):
+        operators = [operator(f"o{i}", type="train.sft", params={"seed": 10 * number + i}) for i in range(1 + number)]
+        desk.submit(workflow(operators), f"r{number}", "ta" if number % 2 else "tb")
+    (queue,) = desk.state.pool.values()
+    works = list(desk.state.works.values())
+    told = {work.key: queue.ahead_of(work) for work in works}
+    taken = queue.take(len(works), desk.state.works)
+    assert len({work.tenant for work in taken[:6]}) == 2, "the tenants take turns"
+    assert [told[work.key] for work in taken] == list(range(len(works)))
