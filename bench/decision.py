@@ -135,7 +135,6 @@ class _Bench:
         )
         self.apply(e.DoneReceived(Done(assignment.node, assignment.id, 1, found, "U", b"")))
 
-
     def wait(self) -> None:
         """Let a moment pass in which all nodes show that they are there; their beats are not counted."""
         self.now_us += SECOND_US // 10
