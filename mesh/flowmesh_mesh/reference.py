@@ -19,8 +19,8 @@ Made from the catalog by `python -m flowmesh_mesh.reference`; do not edit. How t
 [workflows.md](workflows.md).
 
 Ports carry `rows` (a table, as JSON lines), a `value` (any JSON), a `file` or a `folder`. **Determinism** says when a
-result may stand for another run: `pure` and `seeded` results are shared, `effect` never is. **Shards**: whether `shards: N` may
-cut the operator.
+result may stand for another run: `pure` and `seeded` results are shared, `effect` never is. **Shards**: whether `shards: N` (or
+`auto`) may cut the operator.
 """
 
 

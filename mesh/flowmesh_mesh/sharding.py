@@ -25,8 +25,8 @@ _LINES = ("jsonl", "csv")
 class Wish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator whose number of shards the mesh is asked for. ``rows`` and ``size_bytes`` of its table are -1 where unknown.
 
-    ``params`` are the numbers among its parameters: texts say nothing of costs. ``model_bytes`` is the size of a model that comes
-    with the workflow, by reference.
+    ``params`` are the numbers among its parameters but for the seed: the rest says nothing of costs. ``model_bytes`` is the size
+    of a model that comes with the workflow, by reference.
     """
 
     type: str
@@ -122,7 +122,7 @@ def _wish(vertex: Vertex, taken: _Table, ref_of: Callable[[Given], Ref | None]) 
             sizes[models[role]] = ref.size
     return Wish(
         type=vertex.kind.name,
-        params={name: value for name, value in vertex.params.items() if isinstance(value, int | float)},
+        params={name: value for name, value in vertex.params.items() if isinstance(value, int | float) and name != "seed"},
         models=models,
         model_bytes=sizes,
         resources=vertex.settings.resources,
