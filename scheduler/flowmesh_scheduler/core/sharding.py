@@ -65,9 +65,9 @@ def shard_count(task: Task, settings: Settings, most: int = SHARDS_MAX) -> int:
     if power <= bound:
         return power
     power = _power_from(bound + 1) // 2
-    if task.places <= bound and not _is_even(power, task.places):
-        return task.places
-    return power
+    if task.places > bound or _is_even(power, task.places):
+        return power
+    return 2 * task.places if 2 * task.places <= bound else task.places
 
 
 def _by_overhead(task: Task, share: float, most: int) -> int:

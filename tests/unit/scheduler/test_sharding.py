@@ -72,6 +72,7 @@ def test_places_that_no_power_of_two_fits_get_more_shards_so_that_none_waits_lon
 
 def test_where_a_power_of_two_would_cost_too_much_there_are_as_many_shards_as_places() -> None:
     assert shard_count(task(10_000, 0.001, places=3), SETTINGS) == 3
+    assert shard_count(task(3_109, 2.0, shard_s=3.0, places=41), SETTINGS) == 82, "or twice as many"
 
 
 def test_there_are_never_more_shards_than_rows() -> None:
