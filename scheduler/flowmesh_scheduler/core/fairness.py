@@ -236,13 +236,16 @@ class Shares:
         That is where what waits of his begins; or, if less than ``burst_s`` waits, so much before all of it ends: a few
         operators go before a flood. ``taken_us`` of what waits are taken as served.
         """
-        account = self.account(tenant)
+        return self._tag(self.account(tenant), taken_us)
+
+    def _tag(self, account: Account, taken_us: int) -> float:
         waiting_s = (account.waiting_us - taken_us) / (1e6 * account.limits.weight)
-        return account.finish - max(waiting_s, self.burst_s)
+        return account.finish - (waiting_s if waiting_s > self.burst_s else self.burst_s)
 
     def due(self, tenant: str, head_us: int, taken_us: int = 0) -> float:
         """Return the virtual time by which the work that a tenant would be given next ends: the smallest goes first."""
-        return self.tag(tenant, taken_us) + head_us / (1e6 * self.account(tenant).limits.weight)
+        account = self.account(tenant)
+        return self._tag(account, taken_us) + head_us / (1e6 * account.limits.weight)
 
     def lag_s(self, tenant: str) -> float:
         """Return by how many node-seconds a tenant is behind its fair share; negative: it had more than that."""
@@ -422,6 +425,12 @@ def _move(shares: Shares, work: Work, standing: str) -> None:
     """Count work among what waits, what runs, or neither, for each tenant that pays for it."""
     if work.standing == standing or not work.charged_us:
         return
+    if work.payers is None:
+        account = shares.account(work.tenant)
+        shares.tally(account, work.standing, -work.charged_us)
+        shares.tally(account, standing, work.charged_us)
+        work.standing = standing
+        return
     for tenant, amount_us in _parts(work):
         shares.count(tenant, work.standing, -amount_us)
         shares.count(tenant, standing, amount_us)
@@ -466,3 +475,4 @@ def _look_again(state: State, tenant: str) -> None:
     for queue in state.pool.values():
         if tenant in queue.heaps:
             state.fleet.note_change(queue)
+            state.unsettled.add(queue.market)

@@ -97,7 +97,7 @@ def _fate(
     operator: Operator,
     inputs: dict[str, list[Ref]],
     key: bytes,
-    digests: dict[str, str],
+    digests: Mapping[str, str],
     fates: list[Fate],
     first: dict[bytes, int],
     now_us: int,

@@ -123,10 +123,11 @@ def _begin_next(state: State, node: Node, kind: str) -> None:
 
 
 def note_answer(state: State, outstanding: Outstanding, key: bytes) -> None:
-    if outstanding.running == {key}:
+    running = outstanding.running
+    if len(running) > 1:
+        running.discard(key)
+    elif key in running:
         free_slot(state, outstanding)
-    else:
-        outstanding.running.discard(key)
 
 
 def close_if_empty(state: State, outstanding: Outstanding, out: Outbox) -> None:

@@ -5,7 +5,7 @@ The planner has no history of its own: a run is its manifest evaluated against r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flowmesh_mesh.identity import batch_key, effect_salt, identity_record, operator_key, private_salt
 from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref
@@ -17,6 +17,10 @@ from flowmesh_scheduler.core.deadlines import path_seconds
 from flowmesh_scheduler.core.events import Submitted
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
+
+_NO_MODELS: Mapping[str, str] = {}
+_NO_INPUTS: Mapping[str, list[Ref]] = {}
+_NO_CONSUMERS: Sequence[int] = ()
 
 
 def submit(state: State, event: Submitted, now_us: int, out: Outbox) -> None:
@@ -47,7 +51,8 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
     run.account = state.shares.account(run.tenant)
     run.account.runs += 1
     run.account.operators += len(manifest.operators)
-    vertices, consumers = run.vertices, run.consumers
+    vertices = run.vertices
+    consumers: dict[int, list[int]] = {}
     default_private = acceptance.share == "private"
     deadlines = [o.deadline_s for o in manifest.operators if o.deadline_s]
     if deadlines:
@@ -61,9 +66,9 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
             or any(vertices[s].is_private for s in sources)
         )
         vertices.append(vertex)
-        consumers.append([])
         for source in sources:
-            consumers[source].append(index)
+            consumers.setdefault(source, []).append(index)
+    run.consumers = [consumers.get(index, _NO_CONSUMERS) for index in range(len(vertices))]
     if run.deadline_us:
         run.paths_s = path_seconds(state, run)
     run.unfinished = len(vertices)
@@ -75,11 +80,15 @@ def start_run(state: State, acceptance: Acceptance, manifest: Manifest, out: Out
 
 def sources_of(operator: Operator) -> list[int]:
     """Return the indices of the operators that feed this one, each once."""
+    if not operator.inputs:
+        return []
     return list(dict.fromkeys(s.op for port in operator.inputs.values() for s in port if s.op >= 0))
 
 
-def inputs_of(vertex: Vertex) -> dict[str, list[Ref]]:
+def inputs_of(vertex: Vertex) -> Mapping[str, list[Ref]]:
     """Return the contents at each input port of a vertex whose sources are all delivered."""
+    if not vertex.operator.inputs:
+        return _NO_INPUTS
     found: dict[str, list[Ref]] = {}
     for port, sources in vertex.operator.inputs.items():
         refs: list[Ref] = []
@@ -105,10 +114,22 @@ def salt_of(state: State, vertex: Vertex) -> bytes:
     return b""
 
 
-def identify(state: State, vertex: Vertex, inputs: dict[str, list[Ref]]) -> tuple[bytes, dict[str, str]]:
+def digests_of(vertex: Vertex) -> Mapping[str, str]:
+    """Return the digests of the models of a vertex, by role."""
+    models = vertex.operator.models
+    if not models:
+        return _NO_MODELS
+    run, wanted = vertex.run, tuple(models.items())
+    found = run.digests.get(wanted)
+    if found is None:
+        pinned = run.acceptance.models
+        found = run.digests[wanted] = {role: pinned.get(reference, reference) for role, reference in wanted}
+    return found
+
+
+def identify(state: State, vertex: Vertex, inputs: Mapping[str, list[Ref]]) -> tuple[bytes, Mapping[str, str]]:
     """Return operator key and model digests (by role) of a vertex."""
-    pinned = vertex.run.acceptance.models
-    digests = {role: pinned.get(reference, reference) for role, reference in vertex.operator.models.items()}
+    digests = digests_of(vertex)
     key = operator_key(identity_record(vertex.operator, inputs, digests, salt_of(state, vertex)))
     if vertex.is_private and state.name_private is not None:
         key = state.name_private(key)
@@ -143,7 +164,7 @@ def _company_of(state: State, vertex: Vertex) -> str:
     return f"|private={salt.hex()[:16]}" if salt else ""
 
 
-def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digests: dict[str, str]) -> Work:
+def _new_work(state: State, vertex: Vertex, inputs: Mapping[str, list[Ref]], digests: Mapping[str, str]) -> Work:
     operator = vertex.operator
     work = Work(
         vertex.key,
@@ -154,7 +175,7 @@ def _new_work(state: State, vertex: Vertex, inputs: dict[str, list[Ref]], digest
         batch_key(operator, inputs, digests, vertex.key) + _company_of(state, vertex),
         state.take_order(),
         operator.priority,
-        waiters={vertex: None},
+        waiters=(vertex,),
         timeout_s=operator.timeout_s,
         cost_kind=cost_class(operator, digests),
         size=size_of(operator, inputs),
@@ -175,7 +196,7 @@ def attach(state: State, vertex: Vertex, work: Work, out: Outbox) -> None:
     vertex.work = work
     vertex.shared = True
     vertex.former = None
-    work.waiters[vertex] = None
+    work.add_waiter(vertex)
     operator = vertex.operator
     if fairness.join(state, work, vertex):
         out.queueing.append(work)
@@ -346,7 +367,7 @@ def detach(state: State, vertex: Vertex, out: Outbox) -> Work | None:
     work, vertex.work = vertex.work, None
     if work is None:
         return None
-    work.waiters.pop(vertex, None)
+    work.drop_waiter(vertex)
     if fairness.part(state, work, vertex):
         out.queueing.append(work)
     return None if work.waiters else work

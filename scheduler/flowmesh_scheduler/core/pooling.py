@@ -56,6 +56,8 @@ def push(state: State, work: Work) -> None:
         kind = CATALOG[work.operator.type]
         queue = Queue(key, state.take_order(), MARKETS[kind.executor], work.model, state.shares, kind.batches)
         state.pool[key] = queue
+    if work.batch_key == queue.key:
+        work.batch_key = queue.key  # the same text, kept once: it may be long, and there may be a million
     work.seconds = seconds_of(state, work)
     if any(vertex.run.deadline_us for vertex in work.waiters):
         note_deadlines(state, work)

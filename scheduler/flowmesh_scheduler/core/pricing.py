@@ -11,6 +11,7 @@ from heapq import heappop
 from math import log2
 
 from flowmesh_scheduler.core.classes import NodeClass
+from flowmesh_scheduler.core.costs import Size
 from flowmesh_scheduler.core.outstanding import executor_of
 from flowmesh_scheduler.core.queues import Queue
 from flowmesh_scheduler.core.splitting import Place
@@ -41,10 +42,14 @@ class Base:
         left = self.memory_bytes
         if not left:
             return None
+        known: dict[Size, float] = {}  # one queue, so one kind
 
         def take(work: Work) -> bool:
             nonlocal left
-            left -= state.costs.memory_bytes(work.cost_kind, work.size)
+            needed = known.get(work.size)
+            if needed is None:
+                needed = known[work.size] = state.costs.memory_bytes(work.cost_kind, work.size)
+            left -= needed
             return left >= 0
 
         return take

@@ -109,7 +109,7 @@ class Run:
     manifest: Manifest
     acceptance: Acceptance
     vertices: list[Vertex] = field(default_factory=list)
-    consumers: list[list[int]] = field(default_factory=list)
+    consumers: list[Sequence[int]] = field(default_factory=list)
     unfinished: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     changes: list[tuple[int, str, str, str, bool]] = field(default_factory=list)
@@ -125,21 +125,25 @@ class Run:
     deadline_us: int = 0
     paths_s: Sequence[float] = ()
     account: Account = field(default_factory=Account)
+    digests: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = field(default_factory=dict)
+    """Digests of the models by role, by what the operators ask for: equal ones are kept once."""
+
+    id_pair: tuple[str, str] = ("", "")
+
+    def __post_init__(self) -> None:
+        self.id_pair = (self.tenant, self.id)
 
     @property
     def is_stopped(self) -> bool:
         """Tell whether somebody ended the run before it was settled; who, stands in ``actor``."""
         return bool(self.actor)
 
-    @property
-    def id_pair(self) -> tuple[str, str]:
-        return (self.tenant, self.id)
-
 
 @dataclass(slots=True, eq=False)
 class Work:
     """The execution behind one operator key; every vertex with that key waits for it.
 
+    ``waiters`` are a tuple while there is one, as for nearly all work, and the keys of a dict from the second on.
     ``issued`` holds attempt and node by assignment; ``copy`` is a second assignment beside the first, while both run.
     ``avoided`` nodes are used only if there is no other, ``unfit`` ones never; ``lost_on`` are those that it was lost with.
     ``ticket`` is the number of its place in the pool, or in the pause before that; any other place of it is void.
@@ -156,7 +160,7 @@ class Work:
     order: int
     priority: int
     state: WorkState = WorkState.QUEUED
-    waiters: dict[Vertex, None] = field(default_factory=dict)
+    waiters: Collection[Vertex] = ()
     generation: int = 0
     attempts: int = 0
     failures: int = 0
@@ -200,9 +204,23 @@ class Work:
     def units(self) -> float:
         return self.size[1]
 
+    def add_waiter(self, vertex: Vertex) -> None:
+        """Let one more vertex wait."""
+        waiters = self.waiters
+        if not isinstance(waiters, dict):
+            waiters = self.waiters = dict.fromkeys(waiters)
+        waiters[vertex] = None
+
+    def drop_waiter(self, vertex: Vertex) -> None:
+        """Let a vertex wait no more."""
+        if isinstance(self.waiters, dict):
+            self.waiters.pop(vertex, None)
+        elif vertex in self.waiters:
+            self.waiters = ()
+
     def issue(self, assignment: str, attempt: int, node: str) -> None:
         """Note that an attempt was given to a node."""
-        self.issued = {**self.issued, assignment: (attempt, node)}
+        self.issued = {**self.issued, assignment: (attempt, node)} if self.issued else {assignment: (attempt, node)}
 
     def roots(self) -> list[bytes]:
         """Return the roots of the inputs and the code."""
