@@ -31,6 +31,8 @@ def place(state: State, now_us: int, out: Outbox) -> None:
         if found is not None:
             queue, seconds = found
             works = queue.take(1, state.works, None, state.may_start)
+            state.fleet.note_change(queue)
+            state.unsettled.add(queue.market)
             if works:
                 health.canary = assign(state, node, works, now_us, out, {"canary": 0.0}, seconds)
 

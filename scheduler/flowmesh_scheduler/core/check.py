@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core.ending import outputs_of
+from flowmesh_scheduler.core.fleet import can_run, free_slots
+from flowmesh_scheduler.core.health import may_take
 from flowmesh_scheduler.core.pooling import pool_key
 from flowmesh_scheduler.core.state import Node, Outstanding, Run, State, Vertex, VertexState, Work, WorkState
 
@@ -58,6 +60,8 @@ def check(state: State) -> None:
         _check_node(state, node)
     _check_health(state)
     _check_pool(state)
+    _check_fleet(state)
+    _check_idle(state)
     _check_shares(state)
     _check_places(state)
 
@@ -232,15 +236,95 @@ def _check_health(state: State) -> None:
 def _check_pool(state: State) -> None:
     """Assert what holds of the pool.
 
-    Invariant: a queue counts what is in its heaps; what is live in a heap agrees in everything that decides where it may run.
+    Invariant: a queue counts what is in its heaps, and sums what that takes, brings and belongs to; what is live in a heap
+    agrees in everything that decides where it may run.
     """
     for key, queue in state.pool.items():
-        assert queue.count == sum(map(len, queue.heaps.values()))
+        entries = [entry for heap in queue.heaps.values() for entry in heap]
+        assert queue.count == len(entries)
+        assert queue.runs == Counter(entry[4].id_pair for entry in entries), f"{queue.number} counts {queue.runs}"
+        for told, found in (
+            (queue.units, sum(entry[3].units for entry in entries)),
+            (queue.worth_s, sum(entry[5] for entry in entries)),
+        ):
+            assert abs(told - found) <= 1e-6 * max(1.0, abs(found)), f"a queue sums {told}, not {found}"
+        assert queue.steps >= max((entry[3].steps for entry in entries), default=0.0)
         for heap in queue.heaps.values():
-            for index, (_, _, ticket, work) in enumerate(heap):
+            for index, (_, _, ticket, work, *_) in enumerate(heap):
                 assert index == 0 or heap[(index - 1) // 2][:3] <= heap[index][:3]
-                if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
+                if _is_live(state, work, ticket):
                     assert pool_key(work) == key, f"{work.operator.name} is in the wrong queue"
+
+
+def _is_live(state: State, work: Work, ticket: int) -> bool:
+    return work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work
+
+
+def _check_fleet(state: State) -> None:
+    """Assert that the classes agree with the nodes, but for those that have changed since they were told.
+
+    Invariant: each trusted node that can be used is in one class, the others in none; idle where it has a free slot, warm and
+    cached by the models that it has.
+    """
+    fleet = state.fleet
+    for name, node in state.nodes.items():
+        if node in fleet.stale:
+            continue
+        may_be_chosen = node.is_usable and may_take(state, node, state.now_us)
+        assert (node.klass is not None) == may_be_chosen, f"{name} is {node.state} and in class {node.klass is not None}"
+        for klass in fleet.classes.values():
+            is_here = klass is node.klass
+            assert (klass.nodes.get(name) is node) == is_here, f"{name} in class {klass.number}"
+            for market, idle in klass.idle.items():
+                is_idle = is_here and free_slots(state, node, market) > 0
+                assert (idle.get(name) is node) == is_idle, f"{name} is {'' if is_idle else 'not '}idle for {market}"
+            for held, digests in ((klass.warm, node.resident), (klass.cached, node.cached)):
+                listed = {digest for digest, nodes in held.items() if nodes.get(name) is node}
+                assert listed == (set(digests) if is_here else set()), f"{name} holds {digests}, not {listed}"
+    for klass in fleet.classes.values():
+        for name, node in klass.nodes.items():
+            assert state.nodes.get(name) is node or node in fleet.stale, f"{name} is listed in a former life"
+
+
+def _check_idle(state: State) -> None:
+    """Assert that nothing waits beside an idle node without a reason, and without something that will end the wait.
+
+    Invariant: ready work whose tenant may start it, and a class with an idle node that can run it: then it is kept back there,
+    until a time at which it is looked at again, or until another node is idle because it must not go to those that are.
+    """
+    fleet = state.fleet
+    if state.is_cut_off or fleet.stale or fleet.changed or state.unsettled:
+        return
+    for queue in state.pool.values():
+        live = [
+            e[3] for heap in queue.heaps.values() for e in heap if _is_live(state, e[3], e[2]) and state.may_start(e[3].tenant)
+        ]
+        for klass in fleet.classes.values() if live else ():
+            idle, ranking = klass.idle[queue.market], klass.ranking[queue.market]
+            if not idle or not can_run(klass.sample, live[0]):
+                continue
+            where = f"{live[0].operator.name} beside idle {list(idle)}"
+            looked_at_us = fleet.recheck_us.get(queue.market)
+            if ranking.kept.get(queue) == queue.version and queue in ranking.barred:
+                assert all(_is_barred(state, node, live[0]) for node in klass.idle[queue.market].values()), (
+                    f"{where} is not barred"
+                )
+                continue
+            assert looked_at_us is not None, f"{where} waits for nothing"
+            untils_us = [until_us for until_us, _, other in ranking.waiting if other is queue]
+            if ranking.kept.get(queue) == queue.version:
+                assert untils_us, f"{where} is kept back and not looked at again"
+                assert looked_at_us <= min(untils_us), f"{where} is looked at too late"
+            else:
+                assert queue in ranking.pending, f"{where} is forgotten"
+
+
+def _is_barred(state: State, node: Node, work: Work) -> bool:
+    """Tell whether work must not go to a node: it never may, or it avoids it and there is another."""
+    others = [
+        n.name for n in state.nodes.values() if n.is_usable and may_take(state, n, state.now_us) and can_run(n.record, work)
+    ]
+    return node.name in work.unfit or (node.name in work.avoided and not work.avoided.union(work.unfit).issuperset(others))
 
 
 def _check_shares(state: State) -> None:

@@ -163,8 +163,8 @@ class _Round:
                 entries.setdefault(entry[3], entry)
         least_tag = min((self.state.shares.tag(entry[4]) for entry in entries.values()), default=0.0)
         for queue in list(entries)[: 2 * QUEUES_MAX]:
-            for klass in self.classes:
-                if not self._is_able(queue, klass) or queue in klass.ranking[self.market].kept:
+            for klass in self.classes if self._first(queue) is not None else ():
+                if not self._is_able(queue, klass) or klass.ranking[self.market].kept.get(queue) == queue.version:
                     continue
                 base = self._base(queue, klass, least_tag)
                 for node in self._likely(queue, klass):
@@ -235,6 +235,7 @@ class _Round:
         is_scarce = self.market == "engine" and len(klass.idle[self.market]) < _QUEUES_WEIGHED
         wanted = wanted or (_QUEUES_WEIGHED if is_scarce else 1)
         found: dict[Queue, Entry] = {}
+        again: list[tuple[str, Rank]] = []
         heads, may_start = [], self.state.start_check
         for tenant in list(heaps):
             heap = heaps[tenant]
@@ -253,12 +254,17 @@ class _Round:
         while heads and len(found) < wanted:
             _, tenant, handicap = heads[0]
             entry = heappop(heaps[tenant])
-            found[entry[3]] = (entry[0], entry[1], entry[2], entry[3], tenant)
+            if entry[3] in found:
+                again.append((tenant, entry))
+            else:
+                found[entry[3]] = (entry[0], entry[1], entry[2], entry[3], tenant)
             following = _top(heaps[tenant], kept)
             if following is None:
                 heappop(heads)
             else:
                 heapreplace(heads, (following[0] + handicap, tenant, handicap))
+        for tenant, entry in again:
+            heappush(heaps[tenant], entry)
         for home in self._at_home(klass, latest):
             found.setdefault(home[3], home)
         return list(found.values())

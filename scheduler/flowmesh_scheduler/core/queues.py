@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 
 from flowmesh_scheduler.core.fairness import Shares
-from flowmesh_scheduler.core.state import PoolKey, Work, WorkState
+from flowmesh_scheduler.core.state import PoolKey, Run, Work, WorkState
 
-Entry = tuple[int, int, int, Work]
-"""(-priority, order of the run, ticket, work); void once the work has another ticket or is queued no more."""
+Entry = tuple[int, int, int, Work, Run, float]
+"""(-priority, order of the run, ticket, work, run, seconds as they were then); void once the work has another ticket or is
+queued no more."""
 
 _RATE_WEIGHT = 0.2
 _RATE_WINDOW_US = 1_000_000
@@ -51,7 +52,7 @@ class Queue:
         heap = self.heaps.get(work.tenant)
         if heap is None:
             heap = self.heaps[work.tenant] = []
-        heappush(heap, (-work.priority, run.order, work.ticket, work))
+        heappush(heap, (-work.priority, run.order, work.ticket, work, run, work.seconds))
         self.count += 1
         self.units += work.units
         self.worth_s += work.seconds
@@ -94,28 +95,27 @@ class Queue:
     def _first_of(self, tenant: str, known: dict[bytes, Work]) -> Work | None:
         heap = self.heaps[tenant]
         while heap:
-            _, _, ticket, work = heap[0]
-            if work.ticket == ticket and work.state is WorkState.QUEUED and known.get(work.key) is work:
+            entry = heap[0]
+            work = entry[3]
+            if work.ticket == entry[2] and work.state is WorkState.QUEUED and known.get(work.key) is work:
                 return work
-            heappop(heap)
-            self._drop(work, tenant)
+            self.drop(heappop(heap))
         del self.heaps[tenant]
         return None
 
-    def _drop(self, work: Work, tenant: str) -> None:
+    def drop(self, entry: Entry) -> None:
+        """Count an entry no more that was taken from its heap."""
+        _, _, _, work, run, seconds = entry
         self.count -= 1
         self.units -= work.units
-        self.worth_s -= work.seconds
+        self.worth_s -= seconds
         if not self.count:
             self.units = self.worth_s = self.steps = 0.0  # sums of floats leave something behind
-        for vertex in work.waiters:
-            pair = vertex.run.id_pair
-            if pair[0] == tenant and pair in self.runs:
-                if self.runs[pair] <= 1:
-                    del self.runs[pair]
-                else:
-                    self.runs[pair] -= 1
-                break
+        pair = run.id_pair
+        if self.runs[pair] <= 1:
+            del self.runs[pair]
+        else:
+            self.runs[pair] -= 1
 
     def take(
         self,
@@ -138,8 +138,7 @@ class Queue:
             work = self.heaps[tenant][0][3]
             if fits is not None and taken and not fits(work):
                 break
-            heappop(self.heaps[tenant])
-            self._drop(work, tenant)
+            self.drop(heappop(self.heaps[tenant]))
             work.ticket = 0
             taken.append(work)
             following = self._first_of(tenant, known)

@@ -45,7 +45,7 @@ def ready(state: State) -> Iterator[Work]:
     """Yield all ready work, in no order that matters."""
     for queue in state.pool.values():
         for heap in queue.heaps.values():
-            for _, _, ticket, work in heap:
+            for _, _, ticket, work, _, _ in heap:
                 if work.ticket == ticket and work.state is WorkState.QUEUED and state.works.get(work.key) is work:
                     yield work
 
@@ -72,8 +72,7 @@ def take(state: State, queue: Queue, count: int, same: Same | None = None) -> li
 
 
 def _pop(queue: Queue, tenant: str) -> None:
-    work = heappop(queue.heaps[tenant])[3]
-    queue._drop(work, tenant)
+    queue.drop(heappop(queue.heaps[tenant]))
     queue.version += 1
     queue.head = None
 

@@ -535,3 +535,23 @@ def test_what_is_remembered_is_bounded() -> None:
             made.state.ward.speeds.setdefault(group, {})[name] = Samples()
     pass_time(made, 2)
     assert len(made.state.ward.speeds) <= 1024
+
+
+def test_what_is_left_of_a_queue_from_which_a_canary_took_is_not_forgotten() -> None:
+    made = Desk(Settings(trusts_new_nodes=False, canary_max_s=1e6))
+    pinned: dict[str, Any] = {"models": {"hf:a": "sha256:a", "hf:b": "sha256:b"}}
+    made.join("n1")
+    made.apply(e.CordonRequested("n1", False, "alice"), e.CutOff())
+
+    def ask(name: str, model: str) -> Any:
+        return operator(name, type="llm.generate", params={"prompt": name, "dtype": "float32"}, models={"model": model})
+
+    for model in pinned["models"]:
+        made.submit(workflow([ask(f"{model}{i}", model) for i in range(3)], {}), model, **pinned)
+    made.apply(e.Restored())
+    first = made.only()
+    made.join("n2")
+    made.wait(2.0, beating=["n1", "n2"])
+    assert {a.node: len(a.items) for a in made.assigned.values() if a is not first}["n2"] == 1, "a canary"
+    made.succeed(first)
+    assert sorted(len(a.items) for a in made.assigned.values()) == [1, 2]

@@ -13,6 +13,7 @@ from tests.unit.scheduler.flows import operator, workflow
 from flowmesh_cas.errors import UsageError
 from flowmesh_mesh.cli.meshes import _tenant_row
 from flowmesh_scheduler.config import load_config
+from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.settings import Settings, TenantSettings
 from flowmesh_scheduler.tenants import check_quota, rows
 
@@ -68,3 +69,26 @@ def test_a_run_beyond_a_quota_is_refused_with_what_is_in_use_and_what_to_do() ->
     with pytest.raises(UsageError, match="quota of 4 operators at a time does not hold 2 more: 3 have not ended") as caught:
         check_quota(state, "ta", 2)
     assert "flowmesh ls" in caught.value.hint
+
+
+def test_a_slot_that_a_quota_lets_go_is_used_at_once_by_work_of_any_kind() -> None:
+    made = Desk(Settings(tenants={"tb": TenantSettings(max_slots=1)}))
+    made.join("n1")
+    made.submit(workflow([operator("call", type="python.call", params={"function": "f"})]), "r1", "tb")
+    made.submit(workflow([operator("train", type="train.sft", params={"seed": 1})]), "r2", "tb")
+    assert not made.is_assigned("train")
+    made.succeed(made.named("call"))
+    assert made.is_assigned("train")
+
+
+def test_a_queue_of_two_tenants_goes_on_for_one_while_the_other_is_at_its_quota() -> None:
+    made = Desk(Settings(tenants={"tb": TenantSettings(max_slots=1)}))
+    made.apply(e.CutOff())
+    for number, (tenant, model) in enumerate((t, m) for m in ("hf:a", "hf:b") for t in ("tb", "tc")):
+        params = {"prompt": f"p{number}", "dtype": "float32"}
+        flow = workflow([operator(f"{tenant} {model}", type="llm.generate", params=params, models={"model": model})])
+        made.submit(flow, f"r{number}", tenant, models={"hf:a": "sha256:a", "hf:b": "sha256:b"})
+    made.join("n1")
+    made.apply(e.Restored())
+    made.join("n2")
+    assert sorted(len(a.items) for a in made.assigned.values()) == [1, 2], "both nodes have work, and no second slot is tb's"

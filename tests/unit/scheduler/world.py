@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from heapq import heappop, heappush
+from typing import Any
 
 from msgspec.structs import replace
 from tests.unit.scheduler.flows import SECOND, manifest_cid, node_record, result_of
@@ -31,6 +32,7 @@ from flowmesh_scheduler.core.step import step
 Pair = tuple[str, str]
 TICK_US = SECOND // 2
 OFFER_AGAIN_US = 3 * SECOND
+MODELS_LOADED = 2
 SETTINGS = Settings(nodes_lost_limit=1000, results_lost_limit=1000)
 """Limits that no accident of a random world reaches: they have tests of their own."""
 
@@ -71,6 +73,7 @@ class SimNode:
     is_alive: bool = True
     is_connected: bool = True
     epoch: int = 0
+    resident: tuple[str, ...] = ()
     blocks: set[bytes] = field(default_factory=set)
     held: dict[str, Assignment] = field(default_factory=dict)
     left: dict[str, dict[bytes, Item]] = field(default_factory=dict)
@@ -124,6 +127,7 @@ class World:
         self.crashes: dict[bytes, int] = {}
         self.executions = 0
         self.exec_us = 1000
+        self.pinned: dict[str, Any] = {}
         self.health: dict[str, NodeHealth] = {}
         self.views: dict[Pair, dict[int, str]] = {}
         self.nodes = {f"n{i}": SimNode(node_record(f"n{i}", started_at_us=1 + i)) for i in range(nodes)}
@@ -371,7 +375,8 @@ class World:
             if self.state is not None:
                 self._note_given(self.state, request.manifest)
             manifest = request.manifest
-            return e.Submitted(request.tenant, request.run, manifest, manifest_cid(manifest), share=request.share)
+            root = manifest_cid(manifest)
+            return e.Submitted(request.tenant, request.run, manifest, root, share=request.share, **self.pinned)
 
         self._to_leader(make)
 
@@ -400,7 +405,7 @@ class World:
                     self._offer(node, part)
         if not (self.is_stormy and self.random.random() < self.faults.lost):
             held = tuple(dict.fromkeys([*node.held, *node.spool]))
-            beat = Beat(node.name, self.now_us, self.epoch, held)
+            beat = Beat(node.name, self.now_us, self.epoch, held, resident=node.resident)
             self._to_leader(lambda: e.BeatReceived(beat) if node.is_there else None)
 
     def _deliver(self, assignment: Assignment) -> None:
@@ -418,6 +423,8 @@ class World:
         node.held[assignment.id] = assignment
         if any(part.done.last for part in node.spool.get(assignment.id, ())):
             return
+        if assignment.model_digests and assignment.type != "train.sft":
+            node.resident = tuple(dict.fromkeys((*assignment.model_digests.values(), *node.resident)))[:MODELS_LOADED]
         node.left[assignment.id] = {item.key: item for item in assignment.items}
         node.tails[assignment.id] = Tails(assignment)
         life = node.record.started_at_us
@@ -601,6 +608,7 @@ class World:
     def kill(self, node: SimNode, *, keeps_blocks: bool, keeps_spool: bool) -> None:
         """End a node without a word."""
         node.is_alive = False
+        node.resident = ()
         node.held.clear()
         node.left.clear()
         node.tails.clear()
