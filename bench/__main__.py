@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import start
+from bench import prediction, start
 from bench.report import Ledger, Record, commit, show, write
 from bench.round import PEERS
 from bench.workloads import WORKLOADS, Figure
@@ -25,7 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     rounds = int(os.environ.get("BENCH_ROUNDS", "5"))
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds per peer; medians over them (default %(default)s)")
-    parser.add_argument("--only", default=",".join([*WORKLOADS, "start"]), help="of %(default)s")
+    parser.add_argument("--only", default=",".join([*WORKLOADS, "start", "prediction"]), help="of %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="of %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the operators, for a quick look; bars hold at 1")
     parser.add_argument("--seed", type=int, default=1)
@@ -61,6 +61,13 @@ def _start_record(name: str, took_s: list[float], bar_s: float, seed: int) -> Re
     return Record(name, value, "s", f"<= {bar_s:g} s", value <= bar_s, seed, commit(), tuple(took_s))
 
 
+def _predictions(seed: int) -> list[Record]:
+    """Return how far predictions are off, for each kind of work of the demo."""
+    print("prediction", file=sys.stderr, flush=True)
+    bar = prediction.BAR
+    return [Record(f.name, f.value, f.unit, f"<= {bar:g}", f.value <= bar, seed, commit()) for f in prediction.measure()]
+
+
 def main() -> int:
     """Run, print, append to the file; return 1 when a bar is missed or a round failed."""
     args = _arguments()
@@ -74,6 +81,7 @@ def main() -> int:
             for figure in _round(peer, workloads, args.scale, args.seed * 1000 + number):
                 ledger.add(peer, figure)
     extra = _starts(args.seed, args.rounds) if "start" in wanted else []
+    extra += _predictions(args.seed) if "prediction" in wanted else []
     records = ledger.records() + extra
     write(records, args.out)
     show(ledger, extra)
