@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from heapq import heappush
 
+from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import Assignment, Item, Located
 from flowmesh_scheduler.core import fairness
 from flowmesh_scheduler.core.commands import Assign
@@ -63,8 +64,8 @@ def assign(
         now_us,
         kind=head.cost_kind,
         device=node.klass.device if node.klass is not None else device_class(node.record),
-        max_steps=max(w.steps for w in works),
-        sum_units=sum(w.units for w in works),
+        max_steps=max(w.size[0] for w in works),
+        sum_units=sum(w.size[1] for w in works),
         predicted_s=predicted_s + folded.seconds,
         chains=folded.chains,
         is_cold=bool(head.model) and head.model not in node.cached,
@@ -97,12 +98,18 @@ def _item(state: State, work: Work, assignment: str, node: str, factor: float, n
         work.copy = assignment
     else:
         _begin(state, work, assignment, node, factor, now_us, out)
-    holders = state.holders
+    operator, inputs = work.operator, work.inputs
     return Item(
         work.key,
         work.generation,
         work.attempts,
-        work.operator.params,
-        {port: tuple(Located(ref, tuple(holders(ref.cid))) for ref in refs) for port, refs in work.inputs.items()},
-        work.operator.name,
+        operator.params,
+        _located(state, inputs) if inputs else {},
+        operator.name,
     )
+
+
+def _located(state: State, inputs: Mapping[str, Sequence[Ref]]) -> dict[str, tuple[Located, ...]]:
+    """Return the inputs, each with those who hold it."""
+    holders = state.holders
+    return {port: tuple(Located(ref, tuple(holders(ref.cid))) for ref in refs) for port, refs in inputs.items()}

@@ -322,11 +322,14 @@ def end(state: State, work: Work, actual_us: int) -> None:
         return
     shares = state.shares
     if work.payers is None:
-        account = shares.account(work.tenant)
+        account, charged_us = shares.account(work.tenant), work.charged_us
         account.used_us += actual_us
-        shares.tally(account, work.standing, -work.charged_us)
-        shares.adjust(account, (actual_us - work.charged_us) / 1e6)
-        work.charged_us, work.standing = 0, ""
+        if work.standing:
+            shares.tally(account, work.standing, -charged_us)
+            work.standing = ""
+        if actual_us != charged_us:
+            shares.adjust(account, (actual_us - charged_us) / 1e6)
+        work.charged_us = 0
         return
     leave(state, work)
     before = _parts(work)
@@ -339,7 +342,9 @@ def end(state: State, work: Work, actual_us: int) -> None:
 
 def succeed(state: State, work: Work, metered_us: int) -> None:
     """Work has succeeded: it is charged what the node metered, but no more than the time for which the node had it."""
-    end(state, work, min(metered_us, max(work.charged_us, _elapsed_us(state, work))))
+    if metered_us > work.charged_us:
+        metered_us = min(metered_us, max(work.charged_us, _elapsed_us(state, work)))
+    end(state, work, metered_us)
 
 
 def abandon(state: State, work: Work) -> None:
@@ -426,9 +431,11 @@ def _move(shares: Shares, work: Work, standing: str) -> None:
     if work.standing == standing or not work.charged_us:
         return
     if work.payers is None:
-        account = shares.account(work.tenant)
-        shares.tally(account, work.standing, -work.charged_us)
-        shares.tally(account, standing, work.charged_us)
+        account, charged_us = shares.account(work.tenant), work.charged_us
+        if work.standing:
+            shares.tally(account, work.standing, -charged_us)
+        if standing:
+            shares.tally(account, standing, charged_us)
         work.standing = standing
         return
     for tenant, amount_us in _parts(work):

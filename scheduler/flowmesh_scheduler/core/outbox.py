@@ -27,20 +27,21 @@ class Outbox:
 
     def set_state(self, vertex: Vertex, state: VertexState) -> None:
         """Move a vertex and note it for whoever watches."""
-        if vertex.state is state:
+        before = vertex.state
+        if before is state:
             return
-        run, before = vertex.run, vertex.state
+        run, word = vertex.run, state.word
         counts = run.counts
-        counts[before.word] = counts.get(before.word, 0) - 1
-        counts[state.word] = counts.get(state.word, 0) + 1
-        if state.is_final != before.is_final:
+        counts[before.word] -= 1
+        counts[word] = counts.get(word, 0) + 1
+        if state.is_final is not before.is_final:
             change = -1 if state.is_final else 1
             run.unfinished += change
             run.account.operators += change
         vertex.state = state
         pair = run.id_pair
         if state is not VertexState.READY and state is not VertexState.WAITING:
-            run.changes.append((vertex.index, state.word, vertex.node, vertex.reason, vertex.shared))
+            run.changes.append((vertex.index, word, vertex.node, vertex.reason, vertex.shared))
             self.changed[pair] = run
         self.touched[pair] = run
 
