@@ -111,6 +111,7 @@ def _node(node: Node, models: Mapping[str, str], now_us: int) -> dict[str, Any]:
         "price_per_hour": record.price_per_hour,
         "load": node.load,
         "running": node.running,
+        "queued": node.queued,
         "resident": sorted(models.get(digest, digest) for digest in node.resident),
         "seen_ago_s": round(max(0, now_us - node.last_beat_us) / 1e6, 3),
         "assignments": len(node.assignments),

@@ -125,7 +125,7 @@ def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
         row.get("cpus"),
         memory,
         load,
-        row.get("running"),
+        f"{row.get('running') or 0}" + (f" (+{row['queued']})" if row.get("queued") else ""),
         f"{price:.2f}" if price else "",
         models,
         seen,

@@ -57,7 +57,8 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     node.state = beat.state
     node.resident = resident
     node.cached |= resident
-    node.load, node.running, node.memory_free_bytes = beat.load, beat.running, beat.memory_free_bytes
+    node.load, node.memory_free_bytes = beat.load, beat.memory_free_bytes
+    node.running, node.queued = beat.running, beat.queued
     held = dict.fromkeys(beat.held)
     for assignment in held:
         if assignment not in state.assignments and not _give_back(state, node, assignment, now_us, out):

@@ -169,7 +169,7 @@ def batch_count(state: State, queue: Queue, head: Work, fixed_s: float, each_s: 
     count, limit = -(-ready // max(1, batches)), settings.batch_limit[kind]
     if queue.market != "engine":
         is_quick = fixed_s + each_s * settings.batch_floor[kind] < settings.quick_batch_s
-        return min(limit, max(settings.batch_floor[kind] if is_quick else 1, count))
+        return max(1, min(ready, limit, max(settings.batch_floor[kind] if is_quick else 1, count)))
     if each_s > 0:
         count = min(count, max(1, int((settings.batch_max_s - fixed_s) / each_s)))
     return max(1, min(limit, count))

@@ -222,6 +222,10 @@ class Work:
         """Note that an attempt was given to a node."""
         self.issued = {**self.issued, assignment: (attempt, node)} if self.issued else {assignment: (attempt, node)}
 
+    @property
+    def has_roots(self) -> bool:
+        return bool(self.inputs) or self.operator.code is not None
+
     def roots(self) -> list[bytes]:
         """Return the roots of the inputs and the code."""
         found = [ref.cid for refs in self.inputs.values() for ref in refs]
@@ -271,6 +275,7 @@ class Node:
     resident: frozenset[str] = frozenset()
     load: float = 0.0
     running: int = 0
+    queued: int = 0
     memory_free_bytes: int = 0
     health: Health = field(default_factory=Health)
 

@@ -7,7 +7,8 @@ from typing import Any
 from tests.unit.scheduler.desk import Desk
 from tests.unit.scheduler.flows import SECOND, TRAIN, chain, content, node_record, operator, workflow
 
-from flowmesh_mesh.messages import Commit
+from flowmesh_mesh.messages import Beat, Commit
+from flowmesh_scheduler.asks import _node
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.settings import Settings
@@ -208,3 +209,11 @@ def test_a_node_that_says_again_what_it_is_keeps_its_place() -> None:
     made.beat("n1")
     ((klass,), order) = made.state.fleet.classes.values(), ["n1", "n2"]
     assert [list(idle) for idle in klass.idle.values()] == [order] * len(klass.idle)
+
+
+def test_what_waits_on_a_node_is_told_of_it() -> None:
+    made = desk("n1")
+    made.apply(e.BeatReceived(Beat("n1", made.now_us, made.state.epoch, running=2, queued=3)))
+    assert (made.state.nodes["n1"].running, made.state.nodes["n1"].queued) == (2, 3)
+    told = _node(made.state.nodes["n1"], {}, made.now_us)
+    assert (told["running"], told["queued"]) == (2, 3)

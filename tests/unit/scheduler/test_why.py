@@ -16,6 +16,7 @@ from flowmesh_mesh.messages import Device
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.fleet import can_run
 from flowmesh_scheduler.core.lacking import lacks
+from flowmesh_scheduler.core.pricing import usual_usd_per_s
 from flowmesh_scheduler.core.settings import Settings, TenantSettings
 from flowmesh_scheduler.core.state import Work
 from flowmesh_scheduler.core.utility import score
@@ -204,3 +205,28 @@ def test_a_place_among_tenants_is_the_one_in_which_work_is_taken() -> None:
     taken = queue.take(len(works), desk.state.works)
     assert len({work.tenant for work in taken[:6]}) == 2, "the tenants take turns"
     assert [told[work.key] for work in taken] == list(range(len(works)))
+
+
+def worth_usd(desk: Desk, count: int) -> float:
+    """Return what so many operators of the only kind are worth."""
+    settings, work = desk.state.settings, next(iter(desk.state.works.values()))
+    return count * usual_usd_per_s(desk.state) * (settings.value_margin * work.seconds + settings.hold_s)
+
+
+@pytest.mark.parametrize("kind", ["flow.noop", "data.sql", "llm.generate"])
+def test_what_was_weighed_holds_no_more_operators_than_were_ready(kind: str) -> None:
+    desk = Desk()
+    desk.join("n1")
+    desk.join("n2", cpus=8.0)
+    params: list[dict[str, Any]] = [{"nonce": i, "query": f"q{i}", "prompt": f"p{i}", "dtype": "float32"} for i in range(5)]
+    models = {"model": "hf:a"} if kind == "llm.generate" else {}
+    flow = workflow([operator(f"o{i}", type=kind, params=params[i], models=models) for i in range(5)], {})
+    desk.submit(flow, models={"hf:a": "sha256:a"})
+    left = 5
+    for decision in desk.state.decisions.values():
+        told = explain(decision)
+        assert decision.count <= left
+        assert all(other["count"] <= left for other in told["alternatives"])
+        assert decision.factors.value_usd < 2 * worth_usd(desk, decision.count), "of the operators that are there, no more"
+        left -= decision.count
+    assert desk.state.decisions
