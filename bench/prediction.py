@@ -1,6 +1,6 @@
 """Predicted against actual seconds, on the demo's own work: its prompts sampled, scored and selected from, again and again.
 
-Each round varies what makes it long: how many tokens, how many shards, the seed. What the mesh had learned before each batch stands
+Each round varies what makes it long: how many tokens, how many shards, the seed. What the mesh had learned before each batch is
 in ``flowmesh costs``: the figure is, for each kind of work with more than 20 batches, the median of |predicted - actual| / actual
 over all batches after the first 20. One node, because several on one machine would slow each other down unforeseeably.
 """
