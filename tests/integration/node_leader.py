@@ -183,14 +183,14 @@ class SmallLeader:
             env=os.environ | (environment or {}),
         )  # fmt: skip
         self.nodes.pop(node, None)
-        deadline_s = time.monotonic() + 20.0
+        deadline_s = time.monotonic() + 60.0
         while node not in self.nodes or node not in self.beats:
             assert process.returncode is None, "the node ended at once"
             assert time.monotonic() < deadline_s, "the node does not join"
             await asyncio.sleep(0.01)
         return NodeProcess(node, folder, process)
 
-    async def until(self, condition: Any, within_s: float = 10.0) -> None:
+    async def until(self, condition: Any, within_s: float = 30.0) -> None:
         """Wait until ``condition()`` holds."""
         deadline_s = time.monotonic() + within_s
         while not condition():
@@ -233,7 +233,7 @@ async def ended(node: NodeProcess) -> None:
     if node.process.returncode is None:
         node.process.terminate()
         try:
-            await asyncio.wait_for(node.process.wait(), 15)
+            await asyncio.wait_for(node.process.wait(), 30)
         except TimeoutError:
             node.process.kill()
             await node.process.wait()

@@ -90,7 +90,7 @@ async def test_a_result_comes_with_the_end_and_its_blocks_are_fetched(mesh: Mesh
         leader.end(submit.run, outputs={"out": [_plain(ref)]}, saved_us=7)
 
     leader.on_submit = finish
-    results = await (await mesh.submit(WORKFLOW)).result(timeout_s=5)
+    results = await (await mesh.submit(WORKFLOW)).result(timeout_s=30)
     assert list(results) == ["out"]
     assert "other" not in results
     assert results.saved_us == 7
@@ -104,7 +104,7 @@ async def test_tables_and_files_are_exported_with_their_endings(mesh: Mesh, lead
     blob = import_bytes(leader.store, b"x" * 3_000_000)
     outputs = {"table": [_plain(rows), _plain(rows)], "blob": [_plain(Ref("file", blob.cid, blob.digest, blob.size))]}
     leader.on_submit = lambda submit: leader.end(submit.run, outputs=outputs)
-    results = await (await mesh.submit(WORKFLOW)).result(timeout_s=5)
+    results = await (await mesh.submit(WORKFLOW)).result(timeout_s=30)
     assert await results["table"].rows() == [{"n": 1}, {"n": 2}] * 2
     paths = [*await results["table"].export(tmp_path / "made"), *await results["blob"].export(tmp_path / "made")]
     assert [path.name for path in paths] == ["table.0.jsonl", "table.1.jsonl", "blob"]
@@ -167,7 +167,7 @@ async def test_a_failed_run_raises_with_its_reason(mesh: Mesh, leader: FakeLeade
     leader.on_submit = lambda submit: leader.end(submit.run, "failed", reason="user-error", detail="operator a: ValueError: no")
     run = await mesh.submit(WORKFLOW)
     with pytest.raises(ExecutionError, match="ValueError: no") as found:
-        await run.result(timeout_s=5)
+        await run.result(timeout_s=30)
     assert found.value.reason == "user-error"
     assert (await run.wait()).state == "failed"
 
@@ -195,13 +195,13 @@ async def test_events_are_replayed_to_whoever_asks_twice(mesh: Mesh, leader: Fak
 async def test_a_lost_end_is_noticed(mesh: Mesh, leader: FakeLeader) -> None:
     run = await mesh.submit(WORKFLOW)
     leader.end(run.id, is_lost=True)
-    assert (await run.result(timeout_s=5)).state == "succeeded"
+    assert (await run.result(timeout_s=30)).state == "succeeded"
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_lost_acceptance_is_noticed(mesh: Mesh, leader: FakeLeader) -> None:
     leader.on_submit = lambda submit: leader.emit(submit.run, "accepted", {"name": "one", "operators": 1}, is_lost=True)
-    assert (await asyncio.wait_for(mesh.submit(WORKFLOW), 5)).id == leader.submissions[0].run
+    assert (await asyncio.wait_for(mesh.submit(WORKFLOW), 30)).id == leader.submissions[0].run
 
 
 @pytest.mark.usefixtures("impatient")
@@ -259,7 +259,7 @@ async def test_cancel_stores_the_request_and_returns_how_the_run_ended(mesh: Mes
 async def test_a_run_of_somebody_else_can_be_followed_from_its_present_state(mesh: Mesh, leader: FakeLeader) -> None:
     leader.emit("other", "accepted", {"name": "w", "operators": 1})
     run = await mesh.run("other")
-    follower = asyncio.create_task(run.result(timeout_s=5))
+    follower = asyncio.create_task(run.result(timeout_s=30))
     await asyncio.sleep(0.1)
     leader.end("other")
     assert (await follower).state == "succeeded"
@@ -310,7 +310,7 @@ async def test_a_question_without_a_leader_ends_at_its_deadline(broker: Broker) 
 async def test_events_in_json_are_read_too(mesh: Mesh, leader: FakeLeader) -> None:
     leader.emit("bare", "accepted")
     run = await mesh.run("bare")
-    follower = asyncio.create_task(run.result(timeout_s=5))
+    follower = asyncio.create_task(run.result(timeout_s=30))
     await asyncio.sleep(0.1)
     event = b'{"v":1,"run":"bare","seq":9,"at_us":1,"kind":"ended","state":"succeeded","outputs":{}}'
     leader.bus.post(subjects.tenant_run_event("bare"), event)
@@ -322,7 +322,7 @@ async def test_unreadable_events_are_passed_over(mesh: Mesh, leader: FakeLeader)
     for payload in (b"", b"{", b"{}", b"\xff\xff", encode(RunEvent(run.id, 99, 1, "operators"))[:-3]):
         leader.bus.post(subjects.tenant_run_event(run.id), payload)
     leader.end(run.id)
-    assert (await run.result(timeout_s=5)).state == "succeeded"
+    assert (await run.result(timeout_s=30)).state == "succeeded"
 
 
 def test_the_synchronous_twin_does_the_same(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +351,7 @@ def test_the_synchronous_twin_does_the_same(broker: Broker, tmp_path: Path, monk
     try:
         with sync.connect() as mesh:
             run = mesh.submit(WORKFLOW)
-            results = run.result(timeout_s=5)
+            results = run.result(timeout_s=30)
             assert results["out"].value() == [1, 2]
             assert [path.name for path in results["out"].export(tmp_path)] == ["out.json"]
             assert [event.kind for event in run.events()] == ["accepted", "ended"]

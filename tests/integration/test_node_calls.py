@@ -138,7 +138,7 @@ async def test_a_function_that_never_returns_is_stopped(mesh: Mesh) -> None:
     outcome = await mesh[0].call("n1", "def f():\n    while True: pass\n", timeout_s=1.0)
     assert outcome.reason == Reason.TIMEOUT
     assert "1 s" in outcome.error
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 30
     await _survives(mesh[0])
 
 
@@ -183,7 +183,7 @@ async def test_an_aborted_function_ends_at_once(mesh: Mesh, tmp_path: Path) -> N
     name = await leader.assign("n1", "python.call", [item], code=leader.source(source))
     await leader.until(lambda: marker.exists() and marker.read_text())
     leader.abort("n1", name)
-    await asyncio.wait_for(leader.closed[name].wait(), 10)
+    await asyncio.wait_for(leader.closed[name].wait(), 30)
     assert leader.outcomes[name][0].reason == Reason.CANCELLED
     pid = int(marker.read_text())
     await leader.until(lambda: not psutil.pid_exists(pid))

@@ -186,10 +186,10 @@ async def test_a_block_that_went_bad_at_the_holder_is_answered_as_lacking(connec
 async def test_nobody_there_is_told_soon(connect: Connect) -> None:
     began = time.monotonic()
     with pytest.raises(BlocksMissingError, match="ghost"):
-        await fetch(await connect("asker"), MemoryStore(), cid_of(RAW, b"x"), ["ghost"], deadline_s=30)
-    assert time.monotonic() - began < 5
+        await fetch(await connect("asker"), MemoryStore(), cid_of(RAW, b"x"), ["ghost"], deadline_s=90)
+    assert time.monotonic() - began < 30
     with pytest.raises(BlocksMissingError):
-        await fetch(await connect("asker"), MemoryStore(), cid_of(RAW, b"x"), [], deadline_s=30)
+        await fetch(await connect("asker"), MemoryStore(), cid_of(RAW, b"x"), [], deadline_s=90)
 
 
 HOLDER = """

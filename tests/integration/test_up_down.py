@@ -63,7 +63,7 @@ def running(layout: Layout) -> list[str]:
     return [name for name, record in processes(layout).items() if is_running(record)]
 
 
-def until(what: str, check: Callable[[], bool], deadline_s: float = 20.0) -> None:
+def until(what: str, check: Callable[[], bool], deadline_s: float = 60.0) -> None:
     deadline = time.monotonic() + deadline_s
     while not check():
         assert time.monotonic() < deadline, what

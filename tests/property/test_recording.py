@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.property import test_placement
 from tests.property.test_scheduler import KINDS
 from tests.unit.scheduler import world as worlds
 from tests.unit.scheduler.workload import random_requests
@@ -159,6 +160,19 @@ def test_a_replay_makes_the_assignments_that_were_recorded(kind: str, recorder: 
         assert made == recorder.assigned > 0
         recorder.assigned = 0
         recorder.logs.clear()
+
+
+def test_a_replay_of_unequal_nodes_with_models_and_quotas_chooses_the_same(recorder: Recorder) -> None:
+    for kind in ("dying nodes", "everything"):
+        for seed in range(2):
+            test_placement.play(kind, seed)
+            for path in recorder.close():
+                told = replay(path)
+                assert told.is_same, f"{kind}, seed {seed}, {path.name}: {told.divergence}"
+                path.unlink()
+            assert recorder.assigned > 10
+            recorder.assigned = 0
+            recorder.logs.clear()
 
 
 def test_no_tenants_secret_nor_what_is_derived_from_it_stands_in_a_log(recorder: Recorder) -> None:
