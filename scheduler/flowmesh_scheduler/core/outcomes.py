@@ -51,6 +51,7 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
     late: dict[bytes, Work] = {}
     blamed: list[str] = []
     sample: Work | None = None
+    sound: Outcome | None = None
     chains = chains_of(state, done, outstanding)
     ahead = {outcome.key: True for outcome in done.outcomes} if chains else {}
     for index, outcome in enumerate(done.outcomes):
@@ -58,7 +59,8 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
         if chains:
             ahead[outcome.key] = False
         if work is not None and _is_expected(work, outcome, done):
-            if outcome.reason == Reason.SUCCEEDED and _is_sound(outcome):
+            if outcome.reason == Reason.SUCCEEDED and (_is_same(outcome, sound) or _is_sound(outcome)):
+                sound = outcome
                 if not tree:
                     tree = receipts.levels([receipts.leaf(o) for o in done.outcomes])
                 receipt = Receipt(
@@ -108,6 +110,11 @@ def _is_expected(work: Work, outcome: Outcome, done: Done) -> bool:
         and work.issued.get(done.assignment) == (outcome.attempt, done.node)
         and work.generation == outcome.generation
     )
+
+
+def _is_same(outcome: Outcome, sound: Outcome | None) -> bool:
+    """Tell whether an outcome has the very result of another that is sound: then it need not be encoded to be compared."""
+    return sound is not None and outcome.result == sound.result and outcome.outputs == sound.outputs
 
 
 def _is_sound(outcome: Outcome) -> bool:
@@ -232,19 +239,28 @@ def _small(outcome: Outcome, blocks: Mapping[bytes, bytes]) -> list[bytes]:
     """Return the outputs themselves if all are small and came along: the ledger keeps them then."""
     if not blocks:
         return []
-    found = {ref.cid: blocks.get(ref.cid) for refs in outcome.outputs.values() for ref in refs}
-    small = [block for block in found.values() if block is not None]
-    return small if len(small) == len(found) and sum(map(len, small)) <= INLINE_MAX_BYTES else []
+    found: dict[bytes, bytes] = {}
+    size_bytes = 0
+    for refs in outcome.outputs.values():
+        for ref in refs:
+            block = blocks.get(ref.cid)
+            if block is None:
+                return []
+            if ref.cid not in found:
+                found[ref.cid] = block
+                size_bytes += len(block)
+    return list(found.values()) if size_bytes <= INLINE_MAX_BYTES else []
 
 
 def _note_places(state: State, outcome: Outcome, node: str, blocks: Mapping[bytes, bytes]) -> None:
     for refs in outcome.outputs.values():
         for ref in refs:
-            places = state.places.get(ref.cid)
+            cid = ref.cid
+            places = state.places.get(cid)
             if places is None:
-                places = state.places[ref.cid] = set()
+                places = state.places[cid] = set()
             places.add(node)
-            if ref.cid in blocks:
+            if cid in blocks:
                 places.add(HUB)
 
 
@@ -307,7 +323,10 @@ def on_committed(state: State, event: Committed, out: Outbox) -> None:
         del state.works[key]
         result = state.results[key] = work.pending
         for vertex in work.waiters:
-            _settle_committed(state, vertex, result, out)
+            if vertex.outputs is not None:
+                settle(state, vertex, result, out)
+            else:
+                _settle_lost(state, vertex, out)
         outstanding = state.assignments.get(work.assignment)
         if outstanding is not None:
             outstanding.open.pop(key, None)
@@ -317,11 +336,8 @@ def on_committed(state: State, event: Committed, out: Outbox) -> None:
         close_if_empty(state, outstanding, out)
 
 
-def _settle_committed(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
-    """Settle a vertex, unless its outputs were lost while the record was being written."""
-    if vertex.outputs is not None:
-        settle(state, vertex, result, out)
-        return
+def _settle_lost(state: State, vertex: Vertex, out: Outbox) -> None:
+    """The outputs of a vertex were lost while the record was being written."""
     vertex.work = None
     if vertex.run.is_stopped:
         vertex.reason = vertex.run.reason

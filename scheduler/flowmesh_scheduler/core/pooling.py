@@ -33,9 +33,10 @@ def queue(state: State, work: Work, out: Outbox) -> None:
     """Put work into the pool once the holders of its inputs are known."""
     work.assignment = ""
     for vertex in work.waiters:
-        out.set_state(vertex, VertexState.READY)
-    unknown = [root for root in work.roots() if not state.holders(root)]
-    if unknown:
+        if vertex.state is not VertexState.READY:
+            out.set_state(vertex, VertexState.READY)
+    has_roots = work.inputs or work.operator.code is not None
+    if has_roots and (unknown := [root for root in work.roots() if not state.holders(root)]):
         await_roots(state, work, unknown, out)
         return
     work.state = WorkState.QUEUED
@@ -59,8 +60,10 @@ def push(state: State, work: Work) -> None:
     if work.batch_key == queue.key:
         work.batch_key = queue.key  # the same text, kept once: it may be long, and there may be a million
     work.seconds = seconds_of(state, work)
-    if any(vertex.run.deadline_us for vertex in work.waiters):
-        note_deadlines(state, work)
+    for vertex in work.waiters:
+        if vertex.run.deadline_us:
+            note_deadlines(state, work)
+            break
     fairness.enter(state, work, work.seconds)
     queue.add(work, state.now_us)
     state.fleet.note_change(queue)

@@ -48,15 +48,17 @@ class Queue:
 
     def add(self, work: Work, now_us: int) -> None:
         """Take in work, under the tenant whose turn decides when it runs."""
-        run = next((vertex.run for vertex in work.waiters if vertex.run.tenant == work.tenant), next(iter(work.waiters)).run)
+        run = _run_of(work)
         heap = self.heaps.get(work.tenant)
         if heap is None:
             heap = self.heaps[work.tenant] = []
         heappush(heap, (-work.priority, run.order, work.ticket, work, run, work.seconds))
+        steps, units = work.size
         self.count += 1
-        self.units += work.units
+        self.units += units
         self.worth_s += work.seconds
-        self.steps = max(self.steps, work.steps)
+        if steps > self.steps:
+            self.steps = steps
         pair = run.id_pair
         self.runs[pair] = self.runs.get(pair, 0) + 1
         self.version += 1
@@ -107,15 +109,16 @@ class Queue:
         """Count an entry no more that was taken from its heap."""
         _, _, _, work, run, seconds = entry
         self.count -= 1
-        self.units -= work.units
+        self.units -= work.size[1]
         self.worth_s -= seconds
         if not self.count:
             self.units = self.worth_s = self.steps = 0.0  # sums of floats leave something behind
-        pair = run.id_pair
-        if self.runs[pair] <= 1:
-            del self.runs[pair]
+        runs, pair = self.runs, run.id_pair
+        left = runs[pair] - 1
+        if left:
+            runs[pair] = left
         else:
-            self.runs[pair] -= 1
+            del runs[pair]
 
     def take(
         self,
@@ -127,8 +130,9 @@ class Queue:
         """Take up to ``count`` works in virtual time over tenants; stop at the first that does not fit beside the others."""
         taken: list[Work] = []
         taken_us: dict[str, int] = {}
+        due = self.shares.due
         heads = [
-            (self.shares.due(tenant, work.charged_us), work.order, tenant)
+            (due(tenant, work.charged_us), work.order, tenant)
             for tenant in list(self.heaps)
             if (may_start is None or may_start(tenant)) and (work := self._first_of(tenant, known))
         ]
@@ -144,10 +148,9 @@ class Queue:
             following = self._first_of(tenant, known)
             if following is None:
                 heappop(heads)
-            else:
-                taken_us[tenant] = taken_us.get(tenant, 0) + work.charged_us
-                due = self.shares.due(tenant, following.charged_us, taken_us[tenant])
-                heapreplace(heads, (due, following.order, tenant))
+            elif len(heads) > 1:
+                us = taken_us[tenant] = taken_us.get(tenant, 0) + work.charged_us
+                heapreplace(heads, (due(tenant, following.charged_us, us), following.order, tenant))
         self.version += 1
         self.head = None
         return taken
@@ -172,3 +175,11 @@ class Queue:
             due = self.shares.due(tenant, following.charged_us, taken_us)
             heapreplace(heads, (due, following.order, tenant, index + 1, taken_us))
         return ahead
+
+
+def _run_of(work: Work) -> Run:
+    """Return the run under which work waits: the first of the tenant whose turn decides."""
+    for vertex in work.waiters:
+        if vertex.run.tenant == work.tenant:
+            return vertex.run
+    return next(iter(work.waiters)).run

@@ -222,10 +222,6 @@ class Work:
         """Note that an attempt was given to a node."""
         self.issued = {**self.issued, assignment: (attempt, node)} if self.issued else {assignment: (attempt, node)}
 
-    @property
-    def has_roots(self) -> bool:
-        return bool(self.inputs) or self.operator.code is not None
-
     def roots(self) -> list[bytes]:
         """Return the roots of the inputs and the code."""
         found = [ref.cid for refs in self.inputs.values() for ref in refs]
