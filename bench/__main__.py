@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import prediction, start
+from bench import growth, prediction, start
 from bench.report import Ledger, Record, commit, show, write
 from bench.round import PEERS
 from bench.workloads import WORKLOADS, Figure
@@ -25,7 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     rounds = int(os.environ.get("BENCH_ROUNDS", "5"))
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds per peer; medians over them (default %(default)s)")
-    parser.add_argument("--only", default=",".join([*WORKLOADS, "start", "prediction"]), help="of %(default)s")
+    parser.add_argument("--only", default=",".join([*WORKLOADS, "start", "prediction", "decision"]), help="of %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="of %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the operators, for a quick look; bars hold at 1")
     parser.add_argument("--seed", type=int, default=1)
@@ -82,10 +82,16 @@ def main() -> int:
                 ledger.add(peer, figure)
     extra = _starts(args.seed, args.rounds) if "start" in wanted else []
     extra += _predictions(args.seed) if "prediction" in wanted else []
+    is_complete = ledger.complete(peers, workloads, args.rounds)
+    if "decision" in wanted:
+        found, is_measured = growth.figures([count for count in growth.COUNTS if count <= args.scale * growth.COUNTS[-1]])
+        growth.write_plot(found, args.out.with_name("decision.svg"))
+        extra += growth.records(found, args.seed)
+        is_complete = is_complete and is_measured
     records = ledger.records() + extra
     write(records, args.out)
     show(ledger, extra)
-    return 1 if any(record.ok is False for record in records) or not ledger.complete(peers, workloads, args.rounds) else 0
+    return 1 if any(record.ok is False for record in records) or not is_complete else 0
 
 
 if __name__ == "__main__":

@@ -145,10 +145,10 @@ def show(ledger: Ledger, extra: list[Record]) -> None:
     if ledger.peers():
         console.print(ledger.table())
     if extra:
-        table = Table(title="start")
+        table = Table(title="alone")
         for column in ("figure", "value", "bar"):
             table.add_column(column, justify="left" if column == "figure" else "right")
         for record in extra:
             verdict = "" if record.ok is None else f"{record.bar} {'ok' if record.ok else 'MISSED'}"
-            table.add_row(record.name, f"{record.value:.3f} {record.unit}", verdict)
+            table.add_row(record.name, f"{record.value:,.3f} {record.unit}", verdict)
         console.print(table)
