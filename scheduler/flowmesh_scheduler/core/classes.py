@@ -100,6 +100,9 @@ class Fleet:
     changed: set[str] = field(default_factory=set)
     """Markets in which a node became idle or a class came up since the last placement."""
 
+    markets: set[str] = field(default_factory=set)
+    """Markets that any work has come to so far: the others need no look."""
+
     queues: dict[str, dict[Queue, None]] = field(default_factory=dict)
     """Queues that have changed since the classes were told, by market."""
 

@@ -102,6 +102,8 @@ def place(state: State, now_us: int, out: Outbox) -> None:
         return
     fleet = state.fleet
     for market in ORDER:
+        if market not in fleet.markets:
+            continue
         if market in state.unsettled or market in fleet.changed or fleet.recheck_us.get(market, now_us + 1) <= now_us:
             _Round(state, market, now_us).clear(out)
     fleet.changed.clear()

@@ -57,6 +57,7 @@ def push(state: State, work: Work) -> None:
         kind = CATALOG[work.operator.type]
         queue = Queue(key, state.take_order(), MARKETS[kind.executor], work.model, state.shares, kind.batches)
         state.pool[key] = queue
+        state.fleet.markets.add(queue.market)
     if work.batch_key == queue.key:
         work.batch_key = queue.key  # the same text, kept once: it may be long, and there may be a million
     work.seconds = seconds_of(state, work)
