@@ -227,3 +227,13 @@ def test_a_result_that_does_not_name_its_outputs_is_a_failure_of_the_node(fault:
     made.wait(1, beating=["n1"])
     made.work_off()
     assert made.end().reason == "succeeded"
+
+
+def test_a_result_that_is_not_that_of_its_outputs_is_refused_beside_a_sound_one() -> None:
+    made = desk("n1")
+    made.submit(workflow([operator(f"o{i}", params={"tag": str(i)}) for i in range(3)], {}))
+    given = made.only()
+    first, second, third = (made.outcome(item, "flow.noop", "same") for item in given.items)
+    other = made.outcome(given.items[1], "flow.noop", "other")
+    made.report(given, [first, replace(second, outputs=other.outputs), third])
+    assert [value == "done" for value in made.states().values()] == [True, False, True]
