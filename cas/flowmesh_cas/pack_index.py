@@ -6,6 +6,8 @@ writes, so that a slow commit holds up no reader; other processes may do the sam
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +53,7 @@ class PackIndex:
         self._path = path
         self._read_lock = threading.Lock()
         self._write_lock = threading.RLock()
-        with self._mended():
+        with self._mended(), _alone_in(path.parent):
             self._writer = self._connect(sync)
             self._reader = self._connect(sync)
 
@@ -248,3 +250,14 @@ class PackIndex:
             raise IntegrityError(
                 f"store index {self._path} is damaged: {error}", hint="Move index.db* away; it is rebuilt from the packs."
             ) from error
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process after the other open an index: SQLite refuses two at once that make a new one a write-ahead log."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

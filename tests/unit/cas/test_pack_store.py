@@ -137,6 +137,33 @@ def test_several_processes_may_write_and_compact_one_store(tmp_path: Path) -> No
         assert all(store.get(cid) for cid in kept)
 
 
+OPENER = """
+import os, sys
+from pathlib import Path
+from flowmesh_cas.pack_index import PackIndex
+print("ready", flush=True)
+for folder in sys.stdin.readline().split():
+    PackIndex(Path(folder) / "index.db", sync=False).close()
+"""
+
+
+def test_several_processes_may_open_new_stores_at_once(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(60)]
+    for folder in folders:
+        folder.mkdir()
+    told = " ".join(map(str, folders)) + "\n"
+    command = [sys.executable, "-c", OPENER]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [child.stdout and child.stdout.readline() for child in children] == ["ready\n"] * 3
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write(told)
+        child.stdin.flush()
+    assert [child.wait(60) for child in children] == [0, 0, 0]
+    for child in children:
+        child.communicate()
+
+
 # --- damage
 
 
