@@ -64,7 +64,7 @@ async def _rows(folder: Path) -> list[dict[str, Any]]:
         for number in range(ROUNDS):
             run = await mesh.submit(document(number))
             await run.result(RUN_TIMEOUT_S)
-        found: list[dict[str, Any]] = (await mesh.costs())["costs"]
+        found: list[dict[str, Any]] = (await mesh.costs())["rows"]
         return found
 
 
