@@ -64,8 +64,12 @@ def _start_record(name: str, took_s: list[float], bar_s: float, seed: int) -> Re
 def _predictions(seed: int) -> list[Record]:
     """Return how far predictions are off, for each kind of work of the demo."""
     print("prediction", file=sys.stderr, flush=True)
-    bar = prediction.BAR
-    return [Record(f.name, f.value, f.unit, f"<= {bar:g}", f.value <= bar, seed, commit()) for f in prediction.measure()]
+    found = []
+    for figure in prediction.measure():
+        is_asked = figure.name in prediction.OF_THE_DEMO
+        bar, ok = (f"<= {prediction.BAR:g}", figure.value <= prediction.BAR) if is_asked else ("", None)
+        found.append(Record(figure.name, figure.value, figure.unit, bar, ok, seed, commit()))
+    return found
 
 
 def main() -> int:
