@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from math import log10
 from pathlib import Path
+from statistics import median
 
 from bench.report import Record, commit
 from bench.workloads import Figure
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
+SMALL, SMALL_ROUNDS = 10_000, 5
 TIMEOUT_S = 1_800.0
 BARS = {
     "decision.10000.time": 25.0,
@@ -26,25 +28,32 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 360, 64, 300, 40
 
 
 def figures(counts: Sequence[int] = COUNTS) -> tuple[list[Figure], bool]:
-    """Measure each size; return the figures, and whether every size gave its own."""
+    """Measure each size, small ones several times; return medians, and whether every round gave its figures."""
     found: list[Figure] = []
     is_complete = True
-    with tempfile.TemporaryDirectory() as folder:
-        for count in counts:
-            print(f"decisions: {count:,} ready operators", file=sys.stderr, flush=True)
-            path = Path(folder) / f"{count}.jsonl"
-            command = [sys.executable, "-m", "bench.decision", str(count), str(path)]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-                error = done.stderr[-3000:]
-            except subprocess.TimeoutExpired:
-                error = f"not done after {TIMEOUT_S:g} s"
-            if path.exists():
-                found += [Figure(**json.loads(line)) for line in path.read_text().splitlines()]
-            else:
-                is_complete = False
-                print(f"deciding over {count:,} operators failed:\n{error}", file=sys.stderr)
+    for count in counts:
+        print(f"decisions: {count:,} ready operators", file=sys.stderr, flush=True)
+        rounds = [_round(count) for _ in range(SMALL_ROUNDS if count <= SMALL else 1)]
+        is_complete = is_complete and all(rounds)
+        for same in zip(*(figures for figures in rounds if figures), strict=True):
+            found.append(Figure(same[0].name, median(figure.value for figure in same), same[0].unit))
     return found, is_complete
+
+
+def _round(count: int) -> list[Figure]:
+    """Measure one size once, in a process of its own; return nothing where that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.jsonl"
+        command = [sys.executable, "-m", "bench.decision", str(count), str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            error = done.stderr[-3000:]
+        except subprocess.TimeoutExpired:
+            error = f"not done after {TIMEOUT_S:g} s"
+        if path.exists():
+            return [Figure(**json.loads(line)) for line in path.read_text().splitlines()]
+        print(f"deciding over {count:,} operators failed:\n{error}", file=sys.stderr)
+        return []
 
 
 def records(found: Sequence[Figure], seed: int) -> list[Record]:
