@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import growth, prediction, start
-from bench.report import Ledger, Record, commit, show, write
+from bench.report import Ledger, Record, show, write
 from bench.round import PEERS
 from bench.workloads import WORKLOADS, Figure
+from flowmesh_scheduler.sim.verdict import commit
 
 ROUND_TIMEOUT_S = 900.0
 HELP_BAR_S = 0.3

@@ -11,8 +11,9 @@ from math import log10
 from pathlib import Path
 from statistics import median
 
-from bench.report import Record, commit
+from bench.report import Record
 from bench.workloads import Figure
+from flowmesh_scheduler.sim.verdict import commit
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 SMALL, SMALL_ROUNDS = 10_000, 5

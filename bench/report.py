@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.workloads import BARS, Bar, Figure
+from flowmesh_scheduler.sim.verdict import commit
 
 OURS = "flowmesh"
 
@@ -31,16 +31,6 @@ class Record:
     seed: int
     commit: str
     rounds: tuple[float, ...] = ()
-
-
-def commit() -> str:
-    """Return the short name of the commit that is measured, with ``+`` when the tree has changes."""
-    try:
-        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if changed.strip() else "")
 
 
 def machine() -> str:

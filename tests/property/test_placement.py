@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from tests.hash_seeds import told_under
 from tests.property.test_scheduler import KINDS, compare
 from tests.unit.scheduler.flows import SECOND, operator, workflow
 from tests.unit.scheduler.workload import random_requests
@@ -147,11 +146,6 @@ def test_the_order_of_sets_and_hashes_does_not_show_in_commands() -> None:
         "from tests.property.test_placement import *\n"
         "for kind in WORLDS:\n for seed in range(2): print(kind, seed, play(kind, seed, records=True).digest.hexdigest())"
     )
-    told = []
-    for hash_seed in ("1", "2", "3"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-        told.append(done.stdout.splitlines())
+    told = told_under(("1", "2", "3"), code, timeout_s=300)
     assert told[0] == told[1] == told[2]
     assert len(told[0]) == 2 * len(WORLDS)

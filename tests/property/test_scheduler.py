@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 
 import msgspec
 import pytest
+from tests.hash_seeds import told_under
 from tests.unit.scheduler.oracle import judge
 from tests.unit.scheduler.workload import random_requests, random_workflow
 from tests.unit.scheduler.world import SETTINGS, Faults, Request, World
@@ -148,12 +147,7 @@ def test_the_order_of_sets_does_not_show_in_commands() -> None:
         "from tests.property.test_scheduler import *\n"
         "for kind in KINDS:\n for seed in range(3): print(kind, seed, play(kind, seed, records=True)[0].digest.hexdigest())"
     )
-    told = []
-    for hash_seed in ("1", "2", "3"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
-        told.append(done.stdout.splitlines())
+    told = told_under(("1", "2", "3"), code, timeout_s=100)
     assert told[0] == told[1] == told[2]
     assert len(told[0]) == 3 * len(KINDS)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from tests.hash_seeds import told_under
 from tests.sim.worlds import PATIENT, few
 
 from flowmesh_scheduler.sim.isolated import Isolated
@@ -86,14 +83,7 @@ print(Isolated(scenario).run().digest, *(Simulation(scenario, p, 5).run().digest
 
 
 def test_a_seed_gives_the_same_assignments_whatever_the_hash_seed() -> None:
-    told = [
-        subprocess.run(
-            [sys.executable, "-c", _SCRIPT],
-            env={**os.environ, "PYTHONHASHSEED": number, "PYTHONPATH": os.pathsep.join(["." , *sys.path])},
-            capture_output=True, text=True, check=True, timeout=100,
-        ).stdout.split()
-        for number in ("0", "4711")
-    ]  # fmt: skip
+    told = [lines[0].split() for lines in told_under(("0", "4711"), _SCRIPT, timeout_s=100)]
     assert len(told[0]) == 1 + len(POLICIES)
     assert told[0] == told[1]
 

@@ -83,7 +83,7 @@ class NodeClass:
     sample: NodeRecord
     device: str
     nodes: dict[str, Node] = field(default_factory=dict)
-    idle: dict[str, dict[str, Node]] = field(default_factory=lambda: {market: {} for market in MARKETS.values()})
+    idle: dict[str, dict[str, Node]] = field(default_factory=lambda: {market: {} for market in ORDER})
     warm: dict[str, dict[str, Node]] = field(default_factory=dict)
     cached: dict[str, dict[str, Node]] = field(default_factory=dict)
     memory_bytes: int = 0

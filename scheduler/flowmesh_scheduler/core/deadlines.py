@@ -22,8 +22,7 @@ def path_seconds(state: State, run: Run) -> Sequence[float]:
         operator = vertex.operator
         digests = {role: pinned.get(reference, reference) for role, reference in operator.models.items()}
         line = state.costs.line(cost_class(operator, digests), device)
-        steps, units = size_of(operator, {})
-        seconds = after[vertex.index] + line.fixed_s + line.step_s * steps + line.unit_s * units
+        seconds = after[vertex.index] + line.seconds(*size_of(operator, {}))
         for source in {s.op for port in operator.inputs.values() for s in port if s.op >= 0}:
             after[source] = max(after[source], seconds)
     return after

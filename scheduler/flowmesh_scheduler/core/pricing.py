@@ -28,7 +28,6 @@ _ELSEWHERE_MARGIN = 0.05
 class Base:
     """The first batch of a queue on a class of nodes, whatever a node holds: how many operators, what they take and bring."""
 
-    rate: float
     count: int
     batches: int
     exec_s: float
@@ -104,7 +103,7 @@ def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, batches: i
     """Return the first batch of a queue on a class, if the queue is cut into so many."""
     settings = state.settings
     line = state.costs.line(head.cost_kind, klass.device)
-    usual, price = usual_usd_per_s(state), usd_per_s(state, klass)
+    usual = usual_usd_per_s(state)
     delay = delay_usd_per_s(state, queue, wish)
     fixed_s = line.fixed_s + line.step_s * queue.steps
     each_s = line.unit_s * queue.units / max(1, queue.count)
@@ -117,8 +116,7 @@ def base_of(state: State, queue: Queue, head: Work, klass: NodeClass, batches: i
     worth_s = queue.worth_s / max(1, queue.count) * count
     value = usual * wish * (settings.value_margin * worth_s + settings.hold_s * count)
     delay *= count / max(count, queue.count)
-    rate = (value - (delay + price) * exec_s) / exec_s
-    return Base(rate, count, batches, exec_s, value, delay, fixed_s, memory_bytes)
+    return Base(count, batches, exec_s, value, delay, fixed_s, memory_bytes)
 
 
 def load_s(state: State, head: Work, klass: NodeClass, node: Node) -> float:
@@ -238,7 +236,7 @@ def held_back(
     delay = factors.delay_usd_per_s / count
     for other in others:
         line = state.costs.line(head.cost_kind, other.device)
-        exec_s = line.fixed_s + line.step_s * queue.steps + line.unit_s * queue.units / max(1, queue.count) * count
+        exec_s = line.seconds(queue.steps, queue.units / max(1, queue.count) * count)
         price = usd_per_s(state, other)
         if each - (delay + price / count) * exec_s <= needed:
             continue
