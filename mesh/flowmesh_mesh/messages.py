@@ -19,6 +19,12 @@ from flowmesh_mesh.manifest import Metered, Operator, Ref
 INLINE_MAX_BYTES = 512 * 1024
 """Largest workflow with its inputs that travels inside the submission; larger ones are put first."""
 
+WIRE_VERSION = 2
+"""Version of the wire that this build speaks. It grows when a message changes its meaning, or an old build could misread one."""
+
+WIRE_OLDEST = 1
+"""Oldest version that this build still understands. What is older, or so new that it no longer understands us, is refused."""
+
 PARAMETER_MAX_BYTES = 1024 * 1024
 """Largest parameter value; bigger data belongs into an input."""
 
@@ -33,6 +39,7 @@ class Reason(StrEnum):
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
     NODE_LOST = "node-lost"
+    PREEMPTED = "preempted"
     LEASE_EXPIRED = "lease-expired"
     INPUT_MISSING = "input-missing"
     MODEL_MISSING = "model-missing"
@@ -146,7 +153,7 @@ class Located(_Message, frozen=True):
 
 
 class Item(_Message, frozen=True):
-    """One operator of a batch: an attempt at (key, generation)."""
+    """One operator of a batch: an attempt at (key, generation). It goes on from ``checkpoint``, where an earlier one left one."""
 
     key: bytes
     generation: int
@@ -154,6 +161,7 @@ class Item(_Message, frozen=True):
     params: dict[str, Any]
     inputs: dict[str, tuple[Located, ...]]
     name: str = ""
+    checkpoint: Located | None = None
 
 
 class Hop(_Message, frozen=True):
@@ -263,7 +271,8 @@ class NodeRecord(_Message, frozen=True, tag="node/1"):
     """What a node says of itself when it joins and when it changes.
 
     ``hazard_per_hour`` is how often such a node is taken away by its owner; ``watts`` and ``idle_watts`` what it draws busy and
-    idle; ``bandwidth_bytes_per_s`` of its link; 0 is unknown.
+    idle; ``bandwidth_bytes_per_s`` of its link; 0 is unknown. ``wire`` and ``wire_oldest`` are the versions of the wire that it
+    speaks and still understands. ``leaving_at_us`` is when its owner takes it away, if that was announced.
     """
 
     node: str
@@ -285,6 +294,9 @@ class NodeRecord(_Message, frozen=True, tag="node/1"):
     idle_watts: float = 0.0
     bandwidth_bytes_per_s: float = 0.0
     egress_usd_per_gb: float = 0.0
+    wire: int = 1
+    wire_oldest: int = 1
+    leaving_at_us: int = 0
 
 
 class NodeHealth(_Message, frozen=True, tag="health/1"):
@@ -314,6 +326,32 @@ class Log(_Message, frozen=True, tag="log/1"):
     at_us: int = 0
 
 
+class Checkpoint(_Message, frozen=True, tag="checkpoint/1"):
+    """A running attempt can be gone on with from here: the node holds the folder ``at``, whole, with a manifest of its files.
+
+    ``step`` of ``steps`` are done; the training stood still for ``stall_us`` to make it.
+    """
+
+    node: str
+    assignment: str
+    epoch: int
+    key: bytes
+    generation: int
+    attempt: int
+    step: int
+    steps: int
+    at: Ref
+    stall_us: int = 0
+
+
+class Recalled(_Message, frozen=True, tag="recalled/1"):
+    """Answer to Recall: sealed acceptances that the holder keeps, from ``cursor`` on; ``cursor`` -1 at the end."""
+
+    holder: str
+    acceptances: tuple[tuple[bytes, bytes], ...] = ()
+    cursor: int = -1
+
+
 # --- leader to node --------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +374,56 @@ class Abort(_Message, frozen=True, tag="abort/1"):
     assignment: str
     keys: tuple[bytes, ...] = ()
     reason: str = ""
+
+
+class CheckpointKept(_Message, frozen=True, tag="checkpoint-kept/1"):
+    """The mesh holds this checkpoint apart from the node, and an attempt elsewhere would go on from it: earlier ones may go."""
+
+    epoch: int
+    assignment: str
+    key: bytes
+    step: int
+
+
+class Guard(_Message, frozen=True, tag="guard/1"):
+    """Keep a sealed acceptance, with everything that its manifest needs, until told to forget it (flowmesh_mesh.seals).
+
+    ``roots`` are the contents to fetch and pin; ``holders`` name who has them now.
+    """
+
+    epoch: int
+    acceptance: bytes
+    seal: bytes
+    roots: tuple[bytes, ...] = ()
+    holders: tuple[str, ...] = ()
+
+
+class Guarded(_Message, frozen=True, tag="guarded/1"):
+    """Answer to Guard: this holder has the acceptance and its contents on disk, pinned; ``error`` is empty then."""
+
+    holder: str
+    error: str = ""
+
+
+class Unguard(_Message, frozen=True, tag="unguard/1"):
+    """These runs (tenant, run) have ended and their ends are written: their acceptances need no further keeping."""
+
+    epoch: int
+    runs: tuple[tuple[str, str], ...]
+
+
+class Recall(_Message, frozen=True, tag="recall/1"):
+    """Tell which acceptances you keep: the ledger may have been lost."""
+
+    cursor: int = 0
+
+
+class Refused(_Message, frozen=True, tag="refused/1"):
+    """The mesh cannot work with this node, or this scheduler: why, and how to mend it."""
+
+    node: str
+    why: str
+    hint: str = ""
 
 
 class Resolve(_Message, frozen=True, tag="resolve/1"):
@@ -391,6 +479,21 @@ class Lease(_Message, frozen=True, tag="lease/1"):
     leader: str
     at_us: int
     address: str = ""
+
+
+class SchedulerBeat(_Message, frozen=True, tag="scheduler-beat/1"):
+    """A scheduler is there: ``role`` is leader or standby. ``holder`` is the name under which it gives its hub's blocks."""
+
+    scheduler: str
+    at_us: int
+    role: str
+    holder: str = ""
+    started_at_us: int = 0
+    epoch: int = 0
+    version: str = ""
+    wire: int = 1
+    wire_oldest: int = 1
+    memory_bytes: int = 0
 
 
 M = TypeVar("M")

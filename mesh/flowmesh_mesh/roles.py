@@ -17,7 +17,7 @@ from flowmesh_mesh.names import check_name
 NAME = "{{name()}}"
 _OWN_INBOX = f"_INBOX_{NAME}.>"
 
-RESERVED_NODE_NAMES = frozenset({subjects.HUB, "all", "scheduler", "watcher", "registrar"})
+RESERVED_NODE_NAMES = frozenset({subjects.HUB, "all", "scheduler", "schedulers", "watcher", "registrar"})
 
 BLOCK_RESPONSES = 1024
 """Messages that a node may send to one reply subject: an answer may come in parts."""
@@ -118,7 +118,7 @@ _SERVICES = (
 def check_node_name(name: str) -> str:
     """Return ``name`` if it may be signed for a node; raise UsageError otherwise."""
     check_name(name, "node")
-    if name in RESERVED_NODE_NAMES or name.startswith("scheduler-"):
+    if name in RESERVED_NODE_NAMES or name.startswith(("scheduler-", f"{subjects.HUB}-")):
         raise UsageError(f"node name {name!r} is reserved", hint="Choose another name, such as the name of the machine.")
     return name
 

@@ -95,6 +95,11 @@ def node_log(node: str) -> str:
     return f"fm.node.{node}.log"
 
 
+def node_checkpoint(node: str) -> str:
+    """Checkpoints that a node has made; the leader answers each once the mesh holds it."""
+    return f"fm.node.{node}.checkpoint"
+
+
 def node_record(node: str) -> str:
     """The node's own description (stream NODES, last value per node)."""
     return f"fm.nodes.{node}"
@@ -120,7 +125,28 @@ def blocks(holder: str) -> str:
     return f"fm.blocks.{holder}"
 
 
+def assign_checkpoint(operator_key: str) -> str:
+    """Pointer to the last complete checkpoint of a running operator, under the same fence as the assignments."""
+    return f"asg.checkpoint.{operator_key}"
+
+
+def scheduler_beat(scheduler: str) -> str:
+    """Presence of one scheduler, leader or standby, once a second."""
+    return f"fm.scheduler.{scheduler}.beat"
+
+
+def hub_of(scheduler: str) -> str:
+    """Name under which a scheduler that stands by gives its hub's blocks; the leader's hub is ``hub``."""
+    return f"{HUB}-{scheduler}"
+
+
+def scheduler_control(scheduler: str) -> str:
+    """Leader to one standby: acceptances to keep."""
+    return f"fm.ctl.{scheduler}"
+
+
 HUB = "hub"
+ALL_SCHEDULERS_CONTROL = "fm.ctl.schedulers"
 ALL_NODES_CONTROL = "fm.ctl.all"
 
 

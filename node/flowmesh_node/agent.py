@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import random
-import time
 from collections.abc import Awaitable, Coroutine
 from importlib import metadata
 from typing import Any
@@ -23,6 +22,7 @@ from flowmesh_cas.pack_store import PackStore
 from flowmesh_mesh import subjects, transfer
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.bus import Delivery as Message
+from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.credentials import Credentials
 from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Epoch, Log, NodeRecord, Resolve, Resolved, decode, encode
 from flowmesh_node.delivery import Delivery
@@ -57,7 +57,7 @@ class Agent:
         self.settings = settings
         self.inventory = inventory
         self.state = "active"
-        self.started_at_us = time.time_ns() // 1000
+        self.started_at_us = now_us()
         self.is_gone = asyncio.Event()
         self._credentials = Credentials.parse(settings.credentials)
         self._available = available()
@@ -78,7 +78,7 @@ class Agent:
         self.store = await asyncio.to_thread(PackStore, settings.folder / "store")
         cache = await asyncio.to_thread(Cache, settings.folder / "cache", settings.cache_bytes)
         self.inputs = Inputs(self.bulk, self.store, settings.node, cache)
-        self.delivery = Delivery(self.bus, settings.node, self._credentials, Spool(settings.folder / "spool"), time.monotonic)
+        self.delivery = Delivery(self.bus, settings.node, self._credentials, Spool(settings.folder / "spool"), monotonic_s)
         await asyncio.to_thread(self.delivery.restore)
         environment = executor_environment(cpus=self.inventory.cpus, slots=settings.slots, allow_hub=settings.allow_hub)
         self.executors = Executors(
@@ -105,7 +105,7 @@ class Agent:
 
     async def _connect(self, purpose: str = "") -> Bus:
         """Open a connection; blocks get one of their own, so that no heartbeat queues behind them."""
-        settings, deadline_s = self.settings, time.monotonic() + self.settings.connect_s
+        settings, deadline_s = self.settings, monotonic_s() + self.settings.connect_s
         while True:
             try:
                 return await Bus.connect(
@@ -113,13 +113,13 @@ class Agent:
                     self._credentials,
                     name=f"node {settings.node}{purpose}",
                     inbox=subjects.inbox_prefix(settings.node),
-                    deadline_s=min(10.0, max(0.5, deadline_s - time.monotonic())),
+                    deadline_s=min(10.0, max(0.5, deadline_s - monotonic_s())),
                     on_reconnect=None if purpose else self._on_reconnect,
                 )
             except UsageError:
                 raise
             except FlowmeshError as error:
-                if time.monotonic() > deadline_s:
+                if monotonic_s() > deadline_s:
                     raise
                 log.info("%s; trying again", error.message)
                 await asyncio.sleep(random.uniform(0.1, 0.5))
@@ -129,7 +129,7 @@ class Agent:
         self._subscriptions = [
             await bus.subscribe(subjects.node_control(node), self._on_control),
             await bus.subscribe(subjects.ALL_NODES_CONTROL, self._on_control),
-            await transfer.serve_blocks(self.bulk, self.store, node, now_us=lambda: time.time_ns() // 1000),
+            await transfer.serve_blocks(self.bulk, self.store, node, now_us=now_us),
         ]
         self._pull = await bus.pull(subjects.ASSIGN, subjects.assign_consumer(node), self.intake.receive)
         await self._announce()
@@ -181,13 +181,13 @@ class Agent:
     async def _announce(self) -> None:
         """Store the node's record; the leader that makes the stream may still be starting."""
         subject, data, pause_s = subjects.node_record(self.settings.node), encode(self.record()), 0.02
-        deadline_s = time.monotonic() + self.settings.connect_s
+        deadline_s = monotonic_s() + self.settings.connect_s
         while True:
             try:
                 await self.bus.store(subject, data, timeout_s=2.0)
                 break
             except FlowmeshError as error:
-                if time.monotonic() > deadline_s:
+                if monotonic_s() > deadline_s:
                     raise
                 log.debug("not announced yet: %s", error.message)
             await asyncio.sleep(pause_s * random.uniform(0.7, 1.3))
@@ -214,7 +214,7 @@ class Agent:
     def _send_beat(self) -> None:
         beat = Beat(
             self.settings.node,
-            time.time_ns() // 1000,
+            now_us(),
             self.intake.epochs.highest,
             tuple({**dict.fromkeys(self.intake.held), **dict.fromkeys(self.delivery.unconfirmed())}),
             self.intake.busy - self.intake.queued,
@@ -283,7 +283,7 @@ class Agent:
                 "type": each.assignment.type,
                 "items": len(each.assignment.items),
                 "state": each.state,
-                "for_s": round(time.monotonic() - each.since_s, 3),
+                "for_s": round(monotonic_s() - each.since_s, 3),
             }
             for each in self.intake.held.values()
         ]
@@ -300,7 +300,7 @@ class Agent:
             "taken": self.intake.taken,
             "unconfirmed": len(self.delivery.unconfirmed()),
             "executors": self.executors.describe(),
-            "uptime_s": round((time.time_ns() // 1000 - self.started_at_us) / 1e6, 1),
+            "uptime_s": round((now_us() - self.started_at_us) / 1e6, 1),
         }
 
     # --- the end
@@ -312,12 +312,12 @@ class Agent:
             await self._pull.stop()
             self._pull = None
         await self._quietly(self._announce(), 2.0)
-        deadline_s = time.monotonic() + budget_s
-        while self.intake.busy and time.monotonic() < deadline_s:  # noqa: ASYNC110
+        deadline_s = monotonic_s() + budget_s
+        while self.intake.busy and monotonic_s() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         # What is answered is safe in the spool; the leader may be gone already.
-        deadline_s = min(deadline_s, time.monotonic() + CONFIRM_S)
-        while self.delivery.unconfirmed() and time.monotonic() < deadline_s:  # noqa: ASYNC110
+        deadline_s = min(deadline_s, monotonic_s() + CONFIRM_S)
+        while self.delivery.unconfirmed() and monotonic_s() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         return not self.intake.busy
 

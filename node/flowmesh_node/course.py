@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 
 from flowmesh_cas.errors import ExecutionError, FlowmeshError
 from flowmesh_cas.store import BlockStore
+from flowmesh_mesh.clock import monotonic_ns, now_us
 from flowmesh_mesh.manifest import Metered, Ref
 from flowmesh_mesh.messages import Log, Outcome, Reason
 from flowmesh_node import frames, outputs
@@ -46,7 +46,7 @@ class Course:
         self._send_log = send_log
         self._on_numeric = on_numeric
         self._load_us = 0
-        self._began_ns = time.monotonic_ns()
+        self._began_ns = monotonic_ns()
         self._waiting: list[tuple[int, Produced | Failed]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -60,11 +60,11 @@ class Course:
     def _send_lines(self, lines: tuple[str, ...]) -> None:
         # What a process prints cannot be told apart by item; it goes to the first, the only one where users' code runs.
         item = self._held.assignment.items[self._indices[0]]
-        self._send_log(Log(self._held.assignment.node, item.key, item.attempt, lines, time.time_ns() // 1000))
+        self._send_log(Log(self._held.assignment.node, item.key, item.attempt, lines, now_us()))
 
     def _on_loaded(self, frame: frames.Loaded) -> None:
         self._load_us = frame.load_us
-        self._began_ns = time.monotonic_ns()
+        self._began_ns = monotonic_ns()
         self._reply.numeric = frame.numeric
         if frame.numeric:
             self._on_numeric(frame.numeric)
@@ -124,7 +124,7 @@ class Course:
 
     def _metered(self, result: Produced) -> Metered:
         count = len(self._indices)
-        exec_us = result.exec_us or (time.monotonic_ns() - self._began_ns) // 1000 // count
+        exec_us = result.exec_us or (monotonic_ns() - self._began_ns) // 1000 // count
         return Metered(
             load_us=self._load_us // count,
             fetch_us=self._fetched.fetch_us // count,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flowmesh_mesh.bus import Delivery as Message
+from flowmesh_mesh.clock import monotonic_s
 from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import Assignment, Hop, Item, Outcome, Reason
 from flowmesh_node.delivery import Delivery
@@ -45,7 +45,7 @@ class Held:
     assignment: Assignment
     message: Message | None
     state: str = "accepted"
-    since_s: float = field(default_factory=time.monotonic)
+    since_s: float = field(default_factory=monotonic_s)
     aborted: set[bytes] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
     tails: dict[int, Tail] = field(default_factory=dict)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from flowmesh_cas.cid import cid_parse
 from flowmesh_cas.errors import FlowmeshError, UsageError
 from flowmesh_mesh.bus import Delivery as Message
 from flowmesh_mesh.catalog import CATALOG
+from flowmesh_mesh.clock import monotonic_ns
 from flowmesh_mesh.manifest import Metered, Ref
 from flowmesh_mesh.messages import Abort, Assignment, Commit, Located, Reason, decode
 from flowmesh_node.delivery import Delivery
@@ -154,9 +154,9 @@ class Intake:
         if not wanted:
             return everything, Metered()
         held.state = "fetching"
-        began_ns = time.monotonic_ns()
+        began_ns = monotonic_ns()
         missing, fetched_bytes = await self.inputs.bring(wanted)
-        cost = Metered(fetch_us=(time.monotonic_ns() - began_ns) // 1000, bytes_fetched=fetched_bytes)
+        cost = Metered(fetch_us=(monotonic_ns() - began_ns) // 1000, bytes_fetched=fetched_bytes)
         if not missing:
             return everything, cost
         shared = {each.ref.cid for each in shared_of(assignment)} & missing

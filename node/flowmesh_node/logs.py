@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
+
+from flowmesh_mesh.clock import monotonic_s
 
 LINES_PER_S = 200
 KEPT_MAX_BYTES = 1024 * 1024
@@ -19,7 +20,7 @@ class LineTap:
         self._send = send
         self._waiting: list[str] = []
         self._allowance = float(LINES_PER_S)
-        self._refilled_s = time.monotonic()
+        self._refilled_s = monotonic_s()
         self._left_out = 0
         self._kept: list[bytes] = []
         self._kept_bytes = 0
@@ -53,7 +54,7 @@ class LineTap:
         self._cut_bytes += max(0, len(data) - room)
 
     def _is_over_rate(self) -> bool:
-        now = time.monotonic()
+        now = monotonic_s()
         self._allowance = min(LINES_PER_S, self._allowance + (now - self._refilled_s) * LINES_PER_S)
         self._refilled_s = now
         if self._allowance < 1:

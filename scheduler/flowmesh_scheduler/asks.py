@@ -12,6 +12,7 @@ from flowmesh_cas.cid import cid_parse, cid_text
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_mesh import __version__, subjects
 from flowmesh_mesh.bus import Delivery
+from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
 from flowmesh_scheduler import cordons, explanations, lineage, sharding, tenants
@@ -92,8 +93,6 @@ def _tenants(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str
 
 
 def _nodes(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, Any]]:
-    from flowmesh_scheduler.service import now_us
-
     now = now_us()
     models = {digest: name for run in leader.state.runs.values() for name, digest in run.acceptance.models.items()}
     return [_node(node, models, now) for _, node in sorted(leader.state.nodes.items())]

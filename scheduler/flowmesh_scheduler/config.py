@@ -22,6 +22,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     store: str
     """Folder of the hub's blocks."""
 
+    name: str = ""
+    """Name of this scheduler, unique in the mesh and beginning with ``scheduler-``; empty: one is made up at each start."""
+
+    secret: str = "private.key"
+    """File with the mesh's secret, from which the keys of private work and the seals of acceptances are made. All schedulers of a
+    mesh must have the same; a scheduler that finds none makes one."""
+
+    replicas: int = 1
+    """Copies of every stream: 1, or 3 where three brokers form a cluster."""
+
     mesh: str
     tenants: dict[str, str]
     """Tenant name -> public key of its account."""

@@ -11,6 +11,7 @@ import msgspec
 from flowmesh_cas.cid import DAG_CBOR, cid_of, cid_parse, cid_text
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_mesh import subjects
+from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, decode_record
 from flowmesh_scheduler import intake
 from flowmesh_scheduler.core import forecast
@@ -31,8 +32,6 @@ RESOLVE_WAIT_S = 5.0
 
 async def why(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
     """Return why an operator of this tenant runs, ran or waits as it does: by run and name, or by the beginning of its key."""
-    from flowmesh_scheduler.service import now_us
-
     vertex = _by_key(leader, tenant, str(args["key"])) if args.get("key") else _by_name(leader, tenant, args)
     found: dict[str, Any] = {
         "run": vertex.run.id,
@@ -160,8 +159,6 @@ def _hide_others(plain: dict[str, Any], *, is_shared: bool) -> None:
 
 async def plan(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
     """Return what a workflow would take: a compiled manifest (inline, or put before), or a document as JSON clients write it."""
-    from flowmesh_scheduler.service import now_us
-
     manifest_cid, manifest = await _manifest(leader, tenant, args)
     models, unknown = await known_models(leader, intake.references(manifest))
     share, at_us = leader.config.share, now_us()

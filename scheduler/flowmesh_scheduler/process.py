@@ -20,10 +20,11 @@ from flowmesh_cas.pack_store import PackStore
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import streams, subjects
 from flowmesh_mesh.bus import Bus, Delivery
+from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.credentials import Credentials
 from flowmesh_scheduler.config import Config, load_config
 from flowmesh_scheduler.lease import SchedulerLease
-from flowmesh_scheduler.service import Leader, now_us
+from flowmesh_scheduler.service import Leader
 
 log = logging.getLogger("flowmesh.scheduler")
 

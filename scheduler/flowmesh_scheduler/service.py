@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, Pull, Subscription
+from flowmesh_mesh.clock import now_us
 from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.config import Config
 from flowmesh_scheduler.core import commands as c
@@ -36,11 +36,6 @@ log = logging.getLogger("flowmesh.scheduler")
 
 TICK_S = 0.1
 SWEEP_S = 0.5
-
-
-def now_us() -> int:
-    """Return the wall clock in microseconds."""
-    return time.time_ns() // 1000
 
 
 class Leader:
