@@ -11,7 +11,7 @@ import inspect
 import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -96,6 +96,9 @@ Notice = Callable[[], Awaitable[None] | None]
 class Bus(StreamApi):
     """A connection to the mesh's broker. Made by :meth:`connect`."""
 
+    make_connection: ClassVar[Callable[[], Connection]] = Connection
+    """What makes the connection under a bus; a simulation of the broker puts its own here."""
+
     def __init__(self, connection: Connection, urls: Sequence[str], inbox: str) -> None:
         self.connection = connection
         self.urls = tuple(urls)
@@ -134,7 +137,7 @@ class Bus(StreamApi):
         belong to no call, such as a refused subscription.
         """
         urls = [urls] if isinstance(urls, str) else list(urls)
-        connection = Connection()
+        connection = cls.make_connection()
         unique = connection._nuid.next().decode()
         bus = cls(connection, urls, f"{inbox}.{unique}")
         connection.on_drop = bus._drop

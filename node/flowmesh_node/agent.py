@@ -11,14 +11,17 @@ import logging
 import os
 import platform
 import random
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_cas.pack_store import PackStore
+from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects, transfer
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.bus import Delivery as Message
@@ -32,7 +35,7 @@ from flowmesh_node.inline import Inline
 from flowmesh_node.inputs import Cache, Inputs
 from flowmesh_node.intake import Intake
 from flowmesh_node.inventory import Inventory
-from flowmesh_node.operators.registry import available
+from flowmesh_node.operators.registry import Available, available
 from flowmesh_node.runner import Runner
 from flowmesh_node.settings import Settings
 from flowmesh_node.spool import Spool
@@ -50,17 +53,33 @@ VERSIONS = ("flowmesh-nats", "torch", "transformers", "trl", "peft", "duckdb")
 Control = Assignment | Commit | Abort | Resolve | Epoch
 
 
+def _load() -> tuple[float, int]:
+    """Return the share of the CPUs that is busy, and the bytes of memory that are free."""
+    return psutil.cpu_percent() / 100, int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an agent is made of that touches the machine under it; a simulation puts others in their place."""
+
+    open_store: Callable[[Path], BlockStore] = PackStore
+    make_executors: Callable[..., Executors] = Executors
+    available: Callable[[], Available] = available
+    load: Callable[[], tuple[float, int]] = _load
+
+
 class Agent:
     """A node of the mesh, from :meth:`start` to :meth:`stop`."""
 
-    def __init__(self, settings: Settings, inventory: Inventory) -> None:
+    def __init__(self, settings: Settings, inventory: Inventory, parts: Parts | None = None) -> None:
         self.settings = settings
         self.inventory = inventory
+        self._parts = parts or Parts()
         self.state = "active"
         self.started_at_us = now_us()
         self.is_gone = asyncio.Event()
         self._credentials = Credentials.parse(settings.credentials)
-        self._available = available()
+        self._available = self._parts.available()
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._changed = asyncio.Event()
@@ -75,13 +94,13 @@ class Agent:
         settings = self.settings
         settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.bus, self.bulk = await asyncio.gather(self._connect(), self._connect(" blocks"))
-        self.store = await asyncio.to_thread(PackStore, settings.folder / "store")
+        self.store = await asyncio.to_thread(self._parts.open_store, settings.folder / "store")
         cache = await asyncio.to_thread(Cache, settings.folder / "cache", settings.cache_bytes)
         self.inputs = Inputs(self.bulk, self.store, settings.node, cache)
         self.delivery = Delivery(self.bus, settings.node, self._credentials, Spool(settings.folder / "spool"), monotonic_s)
         await asyncio.to_thread(self.delivery.restore)
         environment = executor_environment(cpus=self.inventory.cpus, slots=settings.slots, allow_hub=settings.allow_hub)
-        self.executors = Executors(
+        self.executors = self._parts.make_executors(
             environment,
             slots=settings.slots,
             user_slots=settings.user_slots,
@@ -212,6 +231,7 @@ class Agent:
                 await asyncio.wait_for(self._changed.wait(), BEAT_S - BEAT_SPACING_S)
 
     def _send_beat(self) -> None:
+        busy_share, free_bytes = self._parts.load()
         beat = Beat(
             self.settings.node,
             now_us(),
@@ -219,8 +239,8 @@ class Agent:
             tuple({**dict.fromkeys(self.intake.held), **dict.fromkeys(self.delivery.unconfirmed())}),
             self.intake.busy - self.intake.queued,
             self.executors.resident,
-            psutil.cpu_percent() / 100,
-            min(psutil.virtual_memory().available, self.inventory.memory_bytes),
+            busy_share,
+            min(free_bytes, self.inventory.memory_bytes),
             self.state,
             self.intake.queued,
         )

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -37,9 +38,10 @@ GC_THRESHOLDS = (100_000, 20, 20)
 class SchedulerProcess:
     """One process: at any time a standby or the leader."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, open_store: Callable[[Path], BlockStore] = PackStore) -> None:
         self.config = config
         self.folder = folder
+        self._open_store = open_store
         self.name = f"scheduler-{os.getpid()}-{random.getrandbits(24):06x}"
         self.leader: Leader | None = None
         self.stopping = asyncio.Event()
@@ -49,7 +51,7 @@ class SchedulerProcess:
         credentials = Credentials.load(self.folder / self.config.credentials)
         bus = await Bus.connect(self.config.urls, credentials, name=self.name, inbox=subjects.inbox_prefix("scheduler"))
         watcher = await self._watch()
-        store = PackStore(self.folder / self.config.store)
+        store = self._open_store(self.folder / self.config.store)
         try:
             for stream in streams.mesh_streams(now_us() // 1000):
                 await bus.ensure_stream(stream)
