@@ -62,12 +62,15 @@ class Submit(_Message, frozen=True, tag="submit/1"):
     """A workflow to run. ``run`` is chosen by the client and makes the submission idempotent.
 
     ``manifest`` is the CID of the compiled workflow; ``blocks`` carries it and small inputs inline (at most
-    INLINE_MAX_BYTES); everything else the client has put before.
+    INLINE_MAX_BYTES); everything else the client has put before. ``wire`` and ``wire_oldest`` are the versions of the wire that
+    the client speaks and still understands.
     """
 
     run: str
     manifest: bytes
     blocks: tuple[bytes, ...] = ()
+    wire: int = 1
+    wire_oldest: int = 1
 
 
 class Cancel(_Message, frozen=True, tag="cancel/1"):
@@ -89,15 +92,22 @@ class Ask(_Message, frozen=True, tag="ask/1"):
 
     what: str
     args: dict[str, Any] = {}
+    wire: int = 1
+    wire_oldest: int = 1
 
 
 class Answer(_Message, frozen=True, tag="answer/1"):
-    """Answer to an Ask, a Put or a Cancel; ``error`` is empty when it went well."""
+    """Answer to an Ask, a Put or a Cancel; ``error`` is empty when it went well.
+
+    ``wire`` and ``wire_oldest`` are the versions of the wire that the leader speaks and still understands.
+    """
 
     body: Any = None
     error: str = ""
     hint: str = ""
     kind: str = ""
+    wire: int = 1
+    wire_oldest: int = 1
 
 
 class Put(_Message, frozen=True, tag="put/1"):
@@ -241,7 +251,9 @@ class Done(_Message, frozen=True, tag="done/1"):
 class Beat(_Message, frozen=True, tag="beat/1"):
     """Heartbeat: renews the leases of what is held. ``resident`` are digests of loaded models; ``load`` 0..1.
 
-    ``running`` assignments are at work; ``queued`` ones wait on the node for their inputs or for a process.
+    ``running`` assignments are at work; ``queued`` ones wait on the node for their inputs or for a process. ``life`` is when the
+    node started, so that the last word on an earlier life says nothing of this one; 0 is untold. The ``state`` of a node whose
+    agent ended without a goodbye is ``died``: its witness says so (flowmesh_node.witness).
     """
 
     node: str
@@ -254,6 +266,7 @@ class Beat(_Message, frozen=True, tag="beat/1"):
     memory_free_bytes: int = 0
     state: str = "active"
     queued: int = 0
+    life: int = 0
 
 
 class Device(_Message, frozen=True):
@@ -345,11 +358,17 @@ class Checkpoint(_Message, frozen=True, tag="checkpoint/1"):
 
 
 class Recalled(_Message, frozen=True, tag="recalled/1"):
-    """Answer to Recall: sealed acceptances that the holder keeps, from ``cursor`` on; ``cursor`` -1 at the end."""
+    """Answer to Recall: sealed acceptances that the holder keeps, from ``cursor`` on; ``cursor`` -1 at the end.
+
+    Asked for ``runs``, it names them alone (tenant, run); asked for ``records``, a scheduler gives entries of the ledger (subject,
+    record) out of its journal.
+    """
 
     holder: str
     acceptances: tuple[tuple[bytes, bytes], ...] = ()
     cursor: int = -1
+    runs: tuple[tuple[str, str], ...] = ()
+    records: tuple[tuple[str, bytes], ...] = ()
 
 
 # --- leader to node --------------------------------------------------------------------------------------------------
@@ -385,10 +404,19 @@ class CheckpointKept(_Message, frozen=True, tag="checkpoint-kept/1"):
     step: int
 
 
+class Sealed(_Message, frozen=True):
+    """A sealed acceptance, and the contents to fetch and pin with it."""
+
+    acceptance: bytes
+    seal: bytes
+    roots: tuple[bytes, ...] = ()
+
+
 class Guard(_Message, frozen=True, tag="guard/1"):
     """Keep a sealed acceptance, with everything that its manifest needs, until told to forget it (flowmesh_mesh.seals).
 
-    ``roots`` are the contents to fetch and pin; ``holders`` name who has them now.
+    ``roots`` are the contents to fetch and pin; ``holders`` name who has them now. ``others`` are kept along with it, so that one
+    message and one sync serve many. An empty ``acceptance`` asks for the contents alone, for a while: their run is not accepted yet.
     """
 
     epoch: int
@@ -396,13 +424,18 @@ class Guard(_Message, frozen=True, tag="guard/1"):
     seal: bytes
     roots: tuple[bytes, ...] = ()
     holders: tuple[str, ...] = ()
+    others: tuple[Sealed, ...] = ()
 
 
 class Guarded(_Message, frozen=True, tag="guarded/1"):
-    """Answer to Guard: this holder has the acceptance and its contents on disk, pinned; ``error`` is empty then."""
+    """Answer to Guard: this holder has the acceptances and their contents on disk, pinned; ``error`` is empty then.
+
+    Otherwise ``runs`` are those (tenant, run) that it has all the same.
+    """
 
     holder: str
     error: str = ""
+    runs: tuple[tuple[str, str], ...] = ()
 
 
 class Unguard(_Message, frozen=True, tag="unguard/1"):
@@ -413,9 +446,10 @@ class Unguard(_Message, frozen=True, tag="unguard/1"):
 
 
 class Recall(_Message, frozen=True, tag="recall/1"):
-    """Tell which acceptances you keep: the ledger may have been lost."""
+    """Tell what you keep, from ``cursor`` on: the ledger may have been lost. ``what`` is acceptances, runs or records."""
 
     cursor: int = 0
+    what: str = "acceptances"
 
 
 class Refused(_Message, frozen=True, tag="refused/1"):
@@ -465,12 +499,13 @@ class Held(_Message, frozen=True, tag="held/1"):
 
 
 class Epoch(_Message, frozen=True, tag="epoch/1"):
-    """Epoch record of a guarded stream."""
+    """Epoch record of a guarded stream. ``wire`` is the version that a scheduler must speak to read what the stream holds."""
 
     epoch: int
     leader: str
     lease: int
     at_us: int
+    wire: int = 1
 
 
 class Lease(_Message, frozen=True, tag="lease/1"):
@@ -498,6 +533,8 @@ class SchedulerBeat(_Message, frozen=True, tag="scheduler-beat/1"):
 
 M = TypeVar("M")
 
+_UNKNOWN_TAG = "The sender is newer, or older: install the same FlowMesh on both sides (`flowmesh version`)."
+
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
@@ -518,7 +555,8 @@ def decode(data: bytes, kind: type[M]) -> M:
     try:
         message: M = decoder.decode(data)
     except msgspec.DecodeError as error:
-        raise UsageError(f"unreadable message: {error}") from error
+        is_unknown = str(error).endswith("`$[0]`")
+        raise UsageError(f"unreadable message: {error}", hint=_UNKNOWN_TAG if is_unknown else "") from error
     return message
 
 

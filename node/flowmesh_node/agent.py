@@ -22,12 +22,25 @@ import psutil
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_cas.pack_store import PackStore
 from flowmesh_cas.store import BlockStore
-from flowmesh_mesh import subjects, transfer
+from flowmesh_mesh import messages, subjects, transfer
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.bus import Delivery as Message
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.credentials import Credentials
-from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Epoch, Log, NodeRecord, Resolve, Resolved, decode, encode
+from flowmesh_mesh.messages import (
+    Abort,
+    Assignment,
+    Beat,
+    Commit,
+    Epoch,
+    Log,
+    NodeRecord,
+    Refused,
+    Resolve,
+    Resolved,
+    decode,
+    encode,
+)
 from flowmesh_node.delivery import Delivery
 from flowmesh_node.epochs import Epochs
 from flowmesh_node.executors import Executors, executor_environment
@@ -50,7 +63,7 @@ BEAT_SPACING_S = 0.1
 """Least time between two heartbeats, so that a burst of changes is one message."""
 
 VERSIONS = ("flowmesh-nats", "torch", "transformers", "trl", "peft", "duckdb")
-Control = Assignment | Commit | Abort | Resolve | Epoch
+Control = Assignment | Commit | Abort | Resolve | Epoch | Refused
 
 
 def _load() -> tuple[float, int]:
@@ -78,6 +91,8 @@ class Agent:
         self.state = "active"
         self.started_at_us = now_us()
         self.is_gone = asyncio.Event()
+        self.is_refused = asyncio.Event()
+        self.refusal: Refused | None = None
         self._credentials = Credentials.parse(settings.credentials)
         self._available = self._parts.available()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -191,6 +206,8 @@ class Agent:
             found.idle_watts,
             found.bandwidth_bytes_per_s,
             found.egress_usd_per_gb,
+            messages.WIRE_VERSION,
+            messages.WIRE_OLDEST,
         )
 
     def missing(self) -> dict[str, list[str]]:
@@ -243,6 +260,7 @@ class Agent:
             min(free_bytes, self.inventory.memory_bytes),
             self.state,
             self.intake.queued,
+            self.started_at_us,
         )
         self._post(subjects.node_beat(self.settings.node), encode(beat))
 
@@ -259,6 +277,7 @@ class Agent:
         if not self._is_stopping and self._pull is not None:
             self.delivery.offer_all()
             self._spawn(self._announce())
+            self._note_change()
 
     # --- being told
 
@@ -281,6 +300,10 @@ class Agent:
                 if self.intake.epochs.see(control.epoch):
                     self.delivery.offer_all()
                 self._note_change()
+            case Refused():
+                if control.node == self.settings.node:
+                    self.refusal = control
+                    self.is_refused.set()
 
     async def _resolve(self, question: Resolve, message: Message) -> None:
         try:

@@ -15,6 +15,7 @@ from flowmesh_mesh.bus import Delivery
 from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
+from flowmesh_mesh.wire import check_peer
 from flowmesh_scheduler import cordons, explanations, lineage, sharding, tenants
 from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.recovery import evaluate
@@ -59,6 +60,7 @@ async def answer(leader: Leader, tenant: str, data: bytes) -> Any:
         ask = Ask(plain.what, plain.args)
     else:
         ask = decode(data, Ask)
+        check_peer("the mesh's leader", "this client", ask.wire, ask.wire_oldest)
     handler = _ANSWERS.get(ask.what)
     if handler is None:
         raise UsageError(f"unknown question {ask.what!r}", hint=f"Known: {', '.join(sorted(_ANSWERS))}.")
@@ -95,7 +97,11 @@ def _tenants(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str
 def _nodes(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, Any]]:
     now = now_us()
     models = {digest: name for run in leader.state.runs.values() for name, digest in run.acceptance.models.items()}
-    return [_node(node, models, now) for _, node in sorted(leader.state.nodes.items())]
+    rows = {name: _node(node, models, now) for name, node in leader.state.nodes.items()}
+    for refusal in leader.reports.refusals.rows.values():
+        row = _node(Node(refusal.record, refusal.at_us, "refused"), models, now)
+        rows[refusal.record.node] = {**row, "refused": {"why": refusal.why, "hint": refusal.hint}}
+    return [row for _, row in sorted(rows.items())]
 
 
 def _node(node: Node, models: Mapping[str, str], now_us: int) -> dict[str, Any]:

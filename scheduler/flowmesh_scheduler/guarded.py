@@ -15,6 +15,7 @@ from typing import Any
 from flowmesh_cas.errors import FencedError, FlowmeshError, InternalError, TransientError
 from flowmesh_mesh.bus import AlreadyStoredError, Bus, Expect
 from flowmesh_mesh.messages import Epoch, decode, encode
+from flowmesh_mesh.wire import check_records
 
 log = logging.getLogger("flowmesh.scheduler")
 
@@ -48,14 +49,18 @@ class GuardedStream:
         self._is_closed = False
 
     async def raise_epoch(self, at_least: int, leader: str, lease: int, at_us: int) -> int:
-        """Write a new epoch record above every earlier one; return the epoch. Raise FencedError if another was faster."""
+        """Write a new epoch record above every earlier one; return the epoch.
+
+        Raise FencedError if another was faster, OutdatedError if this build cannot read what the stream holds.
+        """
         last = await self._bus.last_message(self._stream, self._epochs)
         known = decode(last.data, Epoch) if last is not None else None
         if known is not None and known.lease > lease:
             raise FencedError(f"stream {self._stream} has a leader with a later lease")
+        wire = check_records(self._stream, known.wire if known else 1)
         self.epoch = max(at_least, (known.epoch if known else 0) + 1)
         expect = Expect(last.seq if last else 0, self._epochs)
-        record = encode(Epoch(self.epoch, leader, lease, at_us))
+        record = encode(Epoch(self.epoch, leader, lease, at_us, wire))
         sequence = await self._bus.store(self._epoch_subject(self.epoch), record, expect=expect)
         self._fence = Expect(sequence, self._epochs)
         return self.epoch

@@ -21,6 +21,7 @@ from flowmesh_mesh.catalog import operator_type
 from flowmesh_mesh.manifest import Manifest, Operator, Source
 from flowmesh_mesh.messages import Resolve, Resolved, Submit, decode, encode, is_json
 from flowmesh_mesh.names import check_name
+from flowmesh_mesh.wire import check_peer
 from flowmesh_scheduler.hub import Hub, name_blocks
 
 OPERATORS_MAX = 1_000_000
@@ -72,6 +73,7 @@ def fallback_run(data: bytes) -> str:
 def open_submission(tenant: str, data: bytes, hub: Hub) -> Submission:
     """Return a compiled submission with its manifest read and checked; raise UsageError for what cannot run."""
     message = decode(data, Submit)
+    check_peer("the mesh's leader", "this client", message.wire, message.wire_oldest)
     block = next((block for block in message.blocks if cid_of(DAG_CBOR, block) == message.manifest), None)
     try:
         value = decode_dag_cbor(hub.get(message.manifest) if block is None else block)

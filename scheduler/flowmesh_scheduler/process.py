@@ -23,6 +23,7 @@ from flowmesh_mesh import streams, subjects
 from flowmesh_mesh.bus import Bus, Delivery
 from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.credentials import Credentials
+from flowmesh_mesh.wire import OutdatedError
 from flowmesh_scheduler.config import Config, load_config
 from flowmesh_scheduler.lease import SchedulerLease
 from flowmesh_scheduler.service import Leader
@@ -80,7 +81,7 @@ class SchedulerProcess:
             return
         key = client.get("nkey") or client.get("user") or ""
         if self.leader is not None and key:
-            self.leader.reports.node_gone(key)
+            self.leader.reports.node_gone(key, str(client.get("name", "")))
 
     async def _lead_once(self, bus: Bus, store: BlockStore) -> None:
         lease = SchedulerLease(bus, self.name)
@@ -98,6 +99,9 @@ class SchedulerProcess:
         try:
             reason = await self.leader.run()
             log.warning("no longer leading: %s", reason)
+        except OutdatedError:
+            await lease.release()  # another scheduler can lead, this one never
+            raise
         except FlowmeshError as error:
             log.error("take-over failed: %s", error)
             await asyncio.sleep(STANDBY_PAUSE_S)

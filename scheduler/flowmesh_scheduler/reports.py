@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowmesh_cas.errors import FlowmeshError, UsageError
@@ -14,6 +15,7 @@ from flowmesh_mesh.transfer import fetch
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.hub import check_codecs
 from flowmesh_scheduler.receipt_check import check_receipt
+from flowmesh_scheduler.refusals import Refusals
 
 if TYPE_CHECKING:
     from flowmesh_scheduler.service import Leader
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowmesh.scheduler")
 
 LOG_DEADLINE_S = 30.0
+
+_ASIDE = (" blocks", " witness")
+"""How the names of those connections of a node end that carry no heartbeat."""
+JOINS_AT_ONCE = 64
 
 
 class Reports:
@@ -31,6 +37,7 @@ class Reports:
         self._passed = 0
         self._keeping = asyncio.Semaphore(4)
         self._sought: set[str] = set()
+        self.refusals = Refusals(leader)
 
     async def listen(self) -> list[Subscription | Pull]:
         """Subscribe to what nodes publish."""
@@ -80,12 +87,27 @@ class Reports:
         if record is not None and delivery.subject == subjects.node_record(record.node):
             self._leader.spawn(self.join(record))
 
+    async def join_all(self, records: Sequence[NodeRecord]) -> None:
+        """Join many nodes side by side: a consumer costs the broker a sync, and a take-over waits for all of them."""
+        limit = asyncio.Semaphore(JOINS_AT_ONCE)
+
+        async def one(record: NodeRecord) -> None:
+            async with limit:
+                await self.join(record)
+
+        await asyncio.gather(*(one(record) for record in records))
+
     async def join(self, record: NodeRecord) -> None:
+        """Let a node take part: it gets a consumer, and the core knows it. One whose version does not fit is refused."""
+        if not self.refusals.admits(record):
+            return
         await self._leader.bus.ensure_consumer(subjects.ASSIGN, streams.assign_consumer(record.node))
         self._leader.apply(e.NodeJoined(record))
 
-    def node_gone(self, public_key: str) -> None:
-        """The broker saw the connection of this key end."""
+    def node_gone(self, public_key: str, name: str = "") -> None:
+        """The broker saw the connection of this key end; those for blocks and of the witness say nothing of the node."""
+        if name.endswith(_ASIDE):
+            return
         for node in self._leader.state.nodes.values():
             if node.record.public_key == public_key:
                 self._leader.apply(e.NodeDisconnected(node.name))

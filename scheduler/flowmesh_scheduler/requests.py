@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh_cas.errors import FlowmeshError, UsageError
-from flowmesh_mesh import streams, subjects
+from flowmesh_mesh import messages, streams, subjects
 from flowmesh_mesh.bus import Delivery, Pull, StoredMessage, Subscription
 from flowmesh_mesh.messages import Answer, Cancel, Ready, decode, encode, is_json
 from flowmesh_scheduler import asks, intake
@@ -228,5 +228,6 @@ class Requests:
             answer = Answer(await work(self._leader, delivery.subject.rpartition(".")[2], delivery.data))
         except FlowmeshError as error:
             answer = Answer(None, error.message, error.hint, type(error).__name__)
+        answer = msgspec.structs.replace(answer, wire=messages.WIRE_VERSION, wire_oldest=messages.WIRE_OLDEST)
         plain = is_json(delivery.data)
         delivery.post_respond(msgspec.json.encode(asks.plain_answer(answer)) if plain else encode(answer))

@@ -107,8 +107,7 @@ class Leader:
         await self.costs.read()
         self._begin_recording()
         self.is_ready = True
-        for record in found.nodes:
-            await self.reports.join(record)
+        await self.reports.join_all(found.nodes)
         self.apply(found.recovered)
         if self.lost.done():
             return

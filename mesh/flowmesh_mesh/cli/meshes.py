@@ -72,6 +72,9 @@ def _print_nodes(rows: list[dict[str, Any]]) -> None:
 
 def _distrust(row: dict[str, Any]) -> str:
     """Return why a node gets no work, or little, and what to do about it; empty for one that is trusted."""
+    refused = row.get("refused")
+    if refused:
+        return f"{row['node']} is refused: {refused['why']}. {refused['hint']}"
     health = row.get("health") or {}
     if health.get("state", "ok") == "ok":
         return ""

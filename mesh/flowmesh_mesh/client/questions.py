@@ -15,8 +15,9 @@ from flowmesh_cas.errors import (
     TransientError,
     UsageError,
 )
-from flowmesh_mesh import subjects
+from flowmesh_mesh import messages, subjects
 from flowmesh_mesh.messages import Answer, Ask, decode, encode
+from flowmesh_mesh.wire import check_peer
 
 if TYPE_CHECKING:
     import msgspec
@@ -90,8 +91,10 @@ async def ask(
     deadline_s: float = DEADLINE_S,
     timeout_s: float = ANSWER_TIMEOUT_S,
 ) -> Any:
-    """Return the body of the leader's answer; raise the error that it names."""
-    answer = await exchange(bus, subjects.TENANT_ASK, Ask(what, args or {}), Answer, deadline_s=deadline_s, timeout_s=timeout_s)
+    """Return the body of the leader's answer; raise the error that it names, OutdatedError where the versions do not fit."""
+    question = Ask(what, args or {}, messages.WIRE_VERSION, messages.WIRE_OLDEST)
+    answer = await exchange(bus, subjects.TENANT_ASK, question, Answer, deadline_s=deadline_s, timeout_s=timeout_s)
+    check_peer("this client", "the mesh's leader", answer.wire, answer.wire_oldest)
     if answer.error:
         raise error_of(answer)
     return answer.body

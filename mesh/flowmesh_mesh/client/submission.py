@@ -15,7 +15,7 @@ import msgspec
 
 from flowmesh_cas.cid import DAG_CBOR, cid_text
 from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
-from flowmesh_mesh import subjects
+from flowmesh_mesh import messages, subjects
 from flowmesh_mesh.client.blocks import put
 from flowmesh_mesh.client.questions import ask
 from flowmesh_mesh.client.run import Run
@@ -167,7 +167,7 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
         await put(bus, prepared.store, compiled.cid)
     handle = Run(mesh, run)
     await handle.follow(from_start=True)
-    payload = encode(Submit(run, compiled.cid, blocks or ()))
+    payload = encode(Submit(run, compiled.cid, blocks or (), messages.WIRE_VERSION, messages.WIRE_OLDEST))
     stored = asyncio.create_task(publish(bus, run, payload, deadline_s, begin(bus, run, payload)))
     try:
         await _accepted(handle, stored, deadline_s)
