@@ -360,8 +360,8 @@ class Checkpoint(_Message, frozen=True, tag="checkpoint/1"):
 class Recalled(_Message, frozen=True, tag="recalled/1"):
     """Answer to Recall: sealed acceptances that the holder keeps, from ``cursor`` on; ``cursor`` -1 at the end.
 
-    Asked for ``runs``, it names them alone (tenant, run); asked for ``records``, a scheduler gives entries of the ledger (subject,
-    record) out of its journal.
+    Asked for ``runs``, it names them alone (tenant, run); asked for ``records``, a scheduler gives entries of the ledger
+    (subject, record) out of its journal.
     """
 
     holder: str
@@ -415,8 +415,9 @@ class Sealed(_Message, frozen=True):
 class Guard(_Message, frozen=True, tag="guard/1"):
     """Keep a sealed acceptance, with everything that its manifest needs, until told to forget it (flowmesh_mesh.seals).
 
-    ``roots`` are the contents to fetch and pin; ``holders`` name who has them now. ``others`` are kept along with it, so that one
-    message and one sync serve many. An empty ``acceptance`` asks for the contents alone, for a while: their run is not accepted yet.
+    ``roots`` are the contents to fetch and pin; ``holders`` name who has them now. ``others`` are kept along with it, so that
+    one message and one sync serve many. An empty ``acceptance`` asks for the contents alone, for a while: their run is not
+    accepted yet.
     """
 
     epoch: int

@@ -33,11 +33,14 @@ from flowmesh_mesh.messages import (
     Beat,
     Commit,
     Epoch,
+    Guard,
     Log,
     NodeRecord,
+    Recall,
     Refused,
     Resolve,
     Resolved,
+    Unguard,
     decode,
     encode,
 )
@@ -48,6 +51,7 @@ from flowmesh_node.inline import Inline
 from flowmesh_node.inputs import Cache, Inputs
 from flowmesh_node.intake import Intake
 from flowmesh_node.inventory import Inventory
+from flowmesh_node.keeper import node_keeper
 from flowmesh_node.operators.registry import Available, available
 from flowmesh_node.runner import Runner
 from flowmesh_node.settings import Settings
@@ -63,7 +67,7 @@ BEAT_SPACING_S = 0.1
 """Least time between two heartbeats, so that a burst of changes is one message."""
 
 VERSIONS = ("flowmesh-nats", "torch", "transformers", "trl", "peft", "duckdb")
-Control = Assignment | Commit | Abort | Resolve | Epoch | Refused
+Control = Assignment | Commit | Abort | Resolve | Epoch | Refused | Guard | Unguard | Recall
 
 
 def _load() -> tuple[float, int]:
@@ -135,6 +139,8 @@ class Agent:
             runner,
             self._note_change,
         )
+        folder, epochs = settings.folder, self.intake.epochs
+        self.keeper = await asyncio.to_thread(node_keeper, self.bulk, self.store, settings.node, folder, epochs)
         await self._take_part()
 
     async def _connect(self, purpose: str = "") -> Bus:
@@ -296,6 +302,8 @@ class Agent:
                 self.intake.abort(control)
             case Resolve():
                 self._spawn(self._resolve(control, message))
+            case Guard() | Unguard() | Recall():
+                self.keeper.receive(control, message)
             case Epoch():
                 if self.intake.epochs.see(control.epoch):
                     self.delivery.offer_all()
@@ -372,6 +380,7 @@ class Agent:
         await self.intake.stop()
         await self._quietly(self.executors.close(), 5.0)
         await self._quietly(self.delivery.close(), 3.0)
+        await self._quietly(self.keeper.close(), 1.0)
         self.state = "left"
         if self.bus.connected:
             await self._quietly(self.bus.store(subjects.node_record(self.settings.node), encode(self.record())), 1.0)

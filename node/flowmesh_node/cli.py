@@ -52,8 +52,8 @@ def join(
 ) -> None:
     """Join a mesh and work for it until told to stop."""
     from flowmesh_mesh.credentials import Credentials
-    from flowmesh_node.inventory import take_inventory
     from flowmesh_node.settings import Settings, default_folder, read_join_file
+    from flowmesh_node.witness import call_witness
 
     joined = read_join_file(join_file)
     Credentials.parse(joined.credentials)
@@ -62,6 +62,9 @@ def join(
             f"the join file is for node {joined.node!r}, not {name!r}",
             hint="A credential is bound to one name: leave --name out, or ask for a join file of that name.",
         )
+    witness = call_witness(joined.urls, joined.credentials, joined.node)
+    from flowmesh_node.inventory import take_inventory  # after the fork: what it loads is not the witness's
+
     found = take_inventory(price_per_hour=price, site=site)
     settings = Settings(
         node=joined.node,
@@ -79,15 +82,16 @@ def join(
     )
     if not allow_hub:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    asyncio.run(_serve(settings, found, as_json))
+    asyncio.run(_serve(settings, found, witness, as_json))
 
 
-async def _serve(settings: Any, found: Any, as_json: bool) -> None:
+async def _serve(settings: Any, found: Any, witness: Any, as_json: bool) -> None:
     from flowmesh_node import control
     from flowmesh_node.agent import Agent
 
     with control.owned(settings.folder, settings.node):
         agent = Agent(settings, found)
+        witness.begin(agent.started_at_us)
         _say(_found_text(agent), _found(agent), as_json)
         asked: asyncio.Queue[tuple[str, float]] = asyncio.Queue()
         _on_signals(asked, settings.drain_s)
@@ -97,12 +101,23 @@ async def _serve(settings: Any, found: Any, as_json: bool) -> None:
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
+            witness.release()
             return
         starting.result()
         server = await control.serve(settings.folder, lambda command: _answer(agent, asked, command))
         _say(f"joined {settings.mesh or 'the mesh'} as {settings.node}", {"event": "joined", "node": settings.node}, as_json)
+        refused = asyncio.create_task(agent.is_refused.wait())
+        await asyncio.wait({first, refused}, return_when=asyncio.FIRST_COMPLETED)
+        refused.cancel()
+        if agent.refusal is not None and not first.done():
+            first.cancel()
+            witness.release()
+            await agent.stop()
+            server.close()
+            raise UsageError(agent.refusal.why, hint=agent.refusal.hint)
         reason, budget_s = await first
         await _leave(agent, asked, reason, budget_s, as_json)
+        witness.release()
         server.close()
 
 

@@ -44,10 +44,10 @@ def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> Non
 def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     """Renew the leases of what a node holds; notice what it has lost and what it should drop."""
     node = state.nodes.get(beat.node)
-    if node is None:
+    if node is None or (beat.life and beat.life != node.record.started_at_us):
         return
-    if beat.state == "left":
-        lose(state, node, now_us, out, counts_as_loss=False)
+    if beat.state in ("left", "died"):
+        lose(state, node, now_us, out, counts_as_loss=beat.state == "died")
         return
     resident = frozenset(beat.resident) | _being_loaded(node)
     if node.disconnected_at_us or node.state != beat.state or node.resident != resident:

@@ -217,3 +217,26 @@ def test_what_waits_on_a_node_is_told_of_it() -> None:
     assert (made.state.nodes["n1"].running, made.state.nodes["n1"].queued) == (2, 3)
     told = _node(made.state.nodes["n1"], {}, made.now_us)
     assert (told["running"], told["queued"]) == (2, 3)
+
+
+def test_what_a_dead_agent_held_runs_elsewhere_at_once_however_dear() -> None:
+    made = desk()
+    made.submit(workflow([operator("dear", **TRAIN)]))
+    first = made.named("dear")
+    life = made.state.nodes[first.node].record.started_at_us
+    made.apply(e.BeatReceived(Beat(first.node, made.now_us, 0, state="died", life=life)))
+    again = made.named("dear")
+    assert again.node != first.node
+    assert again.items[0].attempt == 2
+    assert made.state.works[again.items[0].key].nodes_lost == 1
+
+
+def test_the_death_of_an_earlier_life_says_nothing_of_this_one() -> None:
+    made = desk("n1")
+    life = made.state.nodes["n1"].record.started_at_us
+    made.join("n1", started_at_us=life + 5)
+    made.submit(chain(1))
+    first = made.only()
+    made.apply(e.BeatReceived(Beat("n1", made.now_us, 0, state="died", life=life)))
+    assert made.only() is first
+    assert made.state.nodes["n1"].is_usable
