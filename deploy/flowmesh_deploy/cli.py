@@ -25,6 +25,12 @@ def up(
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=0, metavar="N", help="Nodes to run; 1, or as many as last time.")
     ] = None,
+    brokers: Annotated[
+        int | None, typer.Option("--brokers", metavar="N", help="Brokers of a new mesh: 1, or 3 of which any may fail.")
+    ] = None,
+    schedulers: Annotated[
+        int | None, typer.Option("--schedulers", metavar="N", help="Schedulers to run, one leads; 1, or as many as last time.")
+    ] = None,
     folder: _Folder = DEFAULT_FOLDER,
     tenants: Annotated[str, typer.Option("--tenants", metavar="A,B", help="Tenants to make credentials for.")] = "",
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of a new mesh.")] = "",
@@ -36,7 +42,7 @@ def up(
     timeout_s: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds to wait until it is ready.")] = 60.0,
     as_json: _AsJson = False,
 ) -> None:
-    """Start a mesh on this machine: broker, scheduler, nodes. A mesh that is up gains nodes and tenants."""
+    """Start a mesh on this machine: brokers, schedulers, nodes. A mesh that is up gains nodes, schedulers and tenants."""
     from flowmesh_deploy.control import is_up, launch, preparing
     from flowmesh_deploy.layout import Layout, prepare
 
@@ -47,12 +53,21 @@ def up(
     try:
         with preparing(layout):
             was_up = is_up(layout)
-            keyring, fresh = prepare(layout, nodes=nodes, tenants=wanted, name=name, is_up=was_up, is_recorded=is_recorded)
+            keyring, fresh = prepare(
+                layout,
+                nodes=nodes,
+                tenants=wanted,
+                name=name,
+                is_up=was_up,
+                is_recorded=is_recorded,
+                brokers=brokers,
+                schedulers=schedulers,
+            )
             if not was_up:
                 with _interrupts_held():
                     supervisor = launch(layout, is_attached=is_foreground)
                 _await_lock(layout, supervisor)
-        is_changed = nodes is not None or bool(fresh) or is_recorded is not None
+        is_changed = nodes is not None or bool(fresh) or is_recorded is not None or schedulers is not None
         status = _bring_up(layout, keyring, fresh, supervisor, is_changed=is_changed, timeout_s=timeout_s)
         _tell(layout, status, was_up=was_up, as_json=as_json)
         if is_foreground and supervisor is not None:

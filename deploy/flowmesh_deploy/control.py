@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
-from flowmesh_deploy.layout import Layout, read_json
+from flowmesh_deploy.layout import Layout, kind_of, read_json
 from flowmesh_deploy.process import is_running, signal_process, spawn, wait_gone
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ STOP_S = 30.0
 
 _SCHEDULER_FAILURES = 3
 """A scheduler that ends this often in a row does not become ready."""
-
-_OTHERS = ("broker", "scheduler")
 
 Progress = Callable[[str], None]
 
@@ -142,7 +140,7 @@ class _Start:
         """Return the nodes that must be active: those expected, else those that run."""
         if self._expect is not None:
             return set(self._expect)
-        return {name for name, record in self.processes().items() if name not in _OTHERS and is_running(record)}
+        return {name for name, record in self.processes().items() if kind_of(name) == "node" and is_running(record)}
 
     def check(self, missing: str) -> dict[str, Any]:
         """Return the supervisor's state; raise TransientError when the start has failed or lasts too long."""
@@ -154,7 +152,7 @@ class _Start:
             raise TransientError(f"the supervisor ended\n{last_lines(self.layout, 'supervisor')}", hint=hint)
         for name, record in state.get("processes", {}).items():
             is_lost = record["state"] == "gone" and self._gone_before.get(name) != record and name in self.wanted()
-            if is_lost or (name == "scheduler" and record["failures"] >= _SCHEDULER_FAILURES):
+            if is_lost or (kind_of(name) == "scheduler" and record["failures"] >= _SCHEDULER_FAILURES):
                 raise TransientError(f"{name} ended with status {record['status']}\n{last_lines(self.layout, name)}", hint=hint)
         if time.monotonic() > self.deadline:
             words = last_lines(self.layout, "scheduler", 4)
@@ -175,7 +173,7 @@ async def wait_ready(
     Raise TransientError with the end of the log when something ends that should not, or when it lasts too long.
     """
     start = _Start(layout, expect, supervisor, timeout_s, progress)
-    progress("starting the broker")
+    progress("starting the brokers" if len(layout.brokers()) > 1 else "starting the broker")
     while True:
         if start.check("the broker does not become ready").get("phase") == "up":
             break
@@ -233,8 +231,8 @@ async def register_tenants(layout: Layout, keyring: Keyring, names: list[str]) -
     from flowmesh_mesh.bus import Bus
 
     credentials = keyring.registrar()
-    url = read_json(layout.state)["url"]
-    bus = await Bus.connect(url, credentials, name="flowmesh-up", inbox=credentials.inbox)
+    urls = read_json(layout.state)["urls"]
+    bus = await Bus.connect(urls, credentials, name="flowmesh-up", inbox=credentials.inbox)
     try:
         for name in names:
             answer = await bus.request("$SYS.REQ.CLAIMS.UPDATE", keyring.tenant_jwt(name).encode())

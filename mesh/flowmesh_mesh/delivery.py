@@ -39,6 +39,10 @@ class StreamFullError(TransientError):
     """The stream takes no more for now."""
 
 
+class MadeOtherwiseError(TransientError):
+    """A stream of this name exists with another configuration: somebody made it a moment before."""
+
+
 class ApiError(msgspec.Struct, frozen=True):
     """An error as the broker words it."""
 
@@ -51,6 +55,7 @@ _WRONG_SEQUENCE = 10071
 _SEQUENCE_IN_FLIGHT = 10164
 _STORE_FAILED = 10077
 _NO_MESSAGE = 10037
+_NAME_IN_USE = 10058
 
 
 def error_of(error: ApiError, what: str) -> FlowmeshError:
@@ -64,6 +69,8 @@ def error_of(error: ApiError, what: str) -> FlowmeshError:
         if "per subject" in error.description:
             return AlreadyStoredError(text, hint="Read the message that is stored.")
         return StreamFullError(text, hint="Wait until the stream has room.")
+    if error.err_code == _NAME_IN_USE:
+        return MadeOtherwiseError(text, hint="Look at the stream that is there.")
     if error.code == 404:
         return NotFoundError(text)
     if error.code in (408, 429, 503):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from flowmesh_cas.errors import InternalError, NotFoundError, TransientError
-from flowmesh_mesh.delivery import ApiError, NoAnswerError, StoredMessage, error_of, parse_headers
+from flowmesh_mesh.delivery import ApiError, MadeOtherwiseError, NoAnswerError, StoredMessage, error_of, parse_headers
 from flowmesh_mesh.streams import ConsumerConfig, StreamConfig
 
 T = TypeVar("T")
@@ -120,8 +120,11 @@ class StreamApi(ABC):
         try:
             found = await self._api(f"STREAM.INFO.{config.name}", b"", StreamInfo, what)
         except NotFoundError:
-            created = await self._api(f"STREAM.CREATE.{config.name}", config, StreamInfo, what)
-            return created.state
+            try:
+                created = await self._api(f"STREAM.CREATE.{config.name}", config, StreamInfo, what)
+                return created.state
+            except MadeOtherwiseError:  # another scheduler was faster: its first sequence is another
+                found = await self._api(f"STREAM.INFO.{config.name}", b"", StreamInfo, what)
         wanted = msgspec.to_builtins(config)
         wanted.pop("first_seq", None)
         if any(found.config.get(name) != value for name, value in wanted.items()):

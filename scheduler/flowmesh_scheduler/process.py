@@ -54,8 +54,7 @@ class SchedulerProcess:
         watcher = await self._watch()
         store = self._open_store(self.folder / self.config.store)
         try:
-            for stream in streams.mesh_streams(now_us() // 1000):
-                await bus.ensure_stream(stream)
+            await self._make_streams(bus)
             while not self.stopping.is_set():
                 await self._lead_once(bus, store)
         finally:
@@ -63,6 +62,17 @@ class SchedulerProcess:
                 await watcher.close()
             await bus.close()
             store.close()
+
+    async def _make_streams(self, bus: Bus) -> None:
+        """Make the streams that lack; wait for as long as too few brokers are there for that."""
+        while not self.stopping.is_set():
+            try:
+                for stream in streams.mesh_streams(now_us() // 1000, self.config.replicas):
+                    await bus.ensure_stream(stream)
+                return
+            except TransientError as error:
+                log.info("no streams yet: %s", error)
+                await asyncio.sleep(STANDBY_PAUSE_S)
 
     async def _watch(self) -> Bus | None:
         """Listen to the broker's own connection events, if there are credentials for it."""
