@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench sim docs clean
+.PHONY: help setup demo test lint types bench sim versions scale docs clean
 
 python := .venv/bin/python
 # Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
@@ -36,6 +36,12 @@ bench: setup ## Benchmarks beside the raw broker loop and Ray; lines in out/benc
 
 sim: setup ## The production scheduler against others in a simulator; lines in out/sim.jsonl, plots, a table at the end
 	@$(python) -m flowmesh_scheduler.sim --full --seeds 20 --out out $(args)
+
+versions: setup ## This build and the previous release in one mesh, every combination; lines in out/versions.jsonl
+	@$(python) -m tests.versions $(args)
+
+scale: setup ## 1,500 simulated nodes on one broker; lines in out/scale.jsonl, a table at the end
+	@$(python) -m bench.scale $(args)
 
 docs: setup ## Write anew the pages of docs/ that are made from the code
 	@$(python) -m flowmesh_mesh.schema && $(python) -m flowmesh_mesh.reference
