@@ -31,11 +31,12 @@ def cases(old: Build) -> Iterator[Case]:
             yield name, partial(scenarios.trio, scheduler=s, node=n, client=c, nonce=NONCE)
     for before, after in ((old, THIS), (THIS, old)):
         change = f"{before.name}-to-{after.name}"
-        leaders = {"before": before, "after": after, "nonce": NONCE}
         for c in builds:
-            yield f"leader.{change}.client-{c.name}", partial(scenarios.change_of_leader, nodes=builds, client=c, **leaders)
+            name = f"leader.{change}.client-{c.name}"
+            yield name, partial(scenarios.change_of_leader, before=before, after=after, nodes=builds, client=c, nonce=NONCE)
         for n in builds:
-            yield f"spool.{change}.node-{n.name}", partial(scenarios.spool, node=n, client=THIS, **leaders)
+            name = f"spool.{change}.node-{n.name}"
+            yield name, partial(scenarios.spool, before=before, after=after, node=n, client=THIS, nonce=NONCE)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import pytest
 from tests.versions.builds import THIS, Build, pretend
 from tests.versions.rig import DEADLINE_S, Rig, rig
 
+from flowmesh_cas.errors import UsageError
 from flowmesh_mesh import messages, wire
 
 
@@ -56,7 +57,7 @@ def test_this_build_understands_itself_and_the_release_before() -> None:
 
 def test_a_message_of_an_unknown_tag_is_refused_with_its_tag() -> None:
     data = messages.encode(messages.Ask("status")).replace(b"ask/1", b"ask/7")
-    with pytest.raises(wire.UsageError, match="ask/7") as refused:
+    with pytest.raises(UsageError, match="ask/7") as refused:
         messages.decode(data, messages.Ask)
     assert "install" in refused.value.hint
 
