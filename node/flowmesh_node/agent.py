@@ -31,6 +31,7 @@ from flowmesh_mesh.messages import (
     Abort,
     Assignment,
     Beat,
+    CheckpointKept,
     Commit,
     Epoch,
     Guard,
@@ -44,6 +45,7 @@ from flowmesh_mesh.messages import (
     decode,
     encode,
 )
+from flowmesh_node.checkpoints import Checkpoints
 from flowmesh_node.delivery import Delivery
 from flowmesh_node.epochs import Epochs
 from flowmesh_node.executors import Executors, executor_environment
@@ -67,7 +69,7 @@ BEAT_SPACING_S = 0.1
 """Least time between two heartbeats, so that a burst of changes is one message."""
 
 VERSIONS = ("flowmesh-nats", "torch", "transformers", "trl", "peft", "duckdb")
-Control = Assignment | Commit | Abort | Resolve | Epoch | Refused | Guard | Unguard | Recall
+Control = Assignment | Commit | Abort | CheckpointKept | Resolve | Epoch | Refused | Guard | Unguard | Recall
 
 
 def _load() -> tuple[float, int]:
@@ -126,8 +128,17 @@ class Agent:
             memory_bytes=self.inventory.memory_bytes,
             on_change=self._note_change,
         )
+        self.checkpoints = Checkpoints(self.bus, self.store, settings.node, self.inputs.note_here)
         runner = Runner(
-            settings, self.store, self.inputs, self.executors, self._send_log, self.inventory.memory_bytes, self._note_numeric
+            settings,
+            self.store,
+            self.inputs,
+            self.executors,
+            self._send_log,
+            self.inventory.memory_bytes,
+            self._note_numeric,
+            self.checkpoints,
+            self.inventory.hazard_per_hour,
         )
         self.intake = Intake(
             settings.node,
@@ -174,7 +185,7 @@ class Agent:
         self._pull = await bus.pull(subjects.ASSIGN, subjects.assign_consumer(node), self.intake.receive)
         await self._announce()
         self.delivery.offer_all()
-        for loop in (self._beat, self.delivery.watch, self.intake.renew):
+        for loop in (self._beat, self.delivery.watch, self.intake.renew, self.checkpoints.watch):
             self._spawn(loop())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -282,6 +293,7 @@ class Agent:
     def _on_reconnect(self) -> None:
         if not self._is_stopping and self._pull is not None:
             self.delivery.offer_all()
+            self.checkpoints.offer_all()
             self._spawn(self._announce())
             self._note_change()
 
@@ -298,6 +310,10 @@ class Agent:
                 self.intake.hear(control)
             case Commit():
                 self.intake.commit(control)
+                if control.assignment not in self.intake.held:
+                    self.checkpoints.close(control.assignment)
+            case CheckpointKept():
+                self.checkpoints.kept(control)
             case Abort():
                 self.intake.abort(control)
             case Resolve():
@@ -307,6 +323,7 @@ class Agent:
             case Epoch():
                 if self.intake.epochs.see(control.epoch):
                     self.delivery.offer_all()
+                    self.checkpoints.offer_all()
                 self._note_change()
             case Refused():
                 if control.node == self.settings.node:
@@ -359,6 +376,7 @@ class Agent:
     async def drain(self, budget_s: float) -> bool:
         """Take nothing new, finish and deliver what is held, within ``budget_s``; tell whether all of it was."""
         self.state, self.intake.is_draining = "draining", True
+        self.executors.checkpoint_now()
         if self._pull is not None:
             await self._pull.stop()
             self._pull = None
@@ -381,6 +399,7 @@ class Agent:
         await self._quietly(self.executors.close(), 5.0)
         await self._quietly(self.delivery.close(), 3.0)
         await self._quietly(self.keeper.close(), 1.0)
+        await self._quietly(self.checkpoints.settle(), 3.0)
         self.state = "left"
         if self.bus.connected:
             await self._quietly(self.bus.store(subjects.node_record(self.settings.node), encode(self.record())), 1.0)

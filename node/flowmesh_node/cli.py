@@ -52,7 +52,7 @@ def join(
 ) -> None:
     """Join a mesh and work for it until told to stop."""
     from flowmesh_mesh.credentials import Credentials
-    from flowmesh_node.settings import Settings, default_folder, read_join_file
+    from flowmesh_node.settings import Settings, default_folder, number_from, read_join_file
     from flowmesh_node.witness import call_witness
 
     joined = read_join_file(join_file)
@@ -76,6 +76,7 @@ def join(
         user_slots=max(1, int(found.cpus)),
         drain_s=drain_s,
         allow_hub=allow_hub,
+        checkpoint_s=(number_from(os.environ, ("FLOWMESH_CHECKPOINT_S",)) or (0.0,))[0],
     )
     logging.basicConfig(
         level=os.environ.get("FLOWMESH_LOG", "WARNING").upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr

@@ -9,7 +9,7 @@ from flowmesh_cas.errors import ExecutionError, FlowmeshError
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh.clock import monotonic_ns, now_us
 from flowmesh_mesh.manifest import Metered, Ref
-from flowmesh_mesh.messages import Log, Outcome, Reason
+from flowmesh_mesh.messages import Item, Log, Outcome, Reason
 from flowmesh_node import frames, outputs
 from flowmesh_node.executor import Watch
 from flowmesh_node.held import Held, Reply
@@ -36,6 +36,7 @@ class Course:
         inputs: Inputs,
         send_log: Callable[[Log], None],
         on_numeric: Callable[[str], None] = lambda numeric: None,
+        on_checkpoint: Callable[[Item, frames.Checkpointed], None] = lambda item, frame: None,
     ) -> None:
         self._held = held
         self._reply = reply
@@ -45,6 +46,7 @@ class Course:
         self._inputs = inputs
         self._send_log = send_log
         self._on_numeric = on_numeric
+        self._on_checkpoint = on_checkpoint
         self._load_us = 0
         self._began_ns = monotonic_ns()
         self._waiting: list[tuple[int, Produced | Failed]] = []
@@ -55,7 +57,11 @@ class Course:
 
     def watch(self) -> Watch:
         """Return what the process's side calls."""
-        return Watch(self._on_settled, self._tap.line, self._on_loaded)
+        return Watch(self._on_settled, self._tap.line, self._on_loaded, self._on_checkpointed)
+
+    def say(self, line: str) -> None:
+        """Put a line into the log of the first item."""
+        self._tap.line(line)
 
     def _send_lines(self, lines: tuple[str, ...]) -> None:
         # What a process prints cannot be told apart by item; it goes to the first, the only one where users' code runs.
@@ -68,6 +74,10 @@ class Course:
         self._reply.numeric = frame.numeric
         if frame.numeric:
             self._on_numeric(frame.numeric)
+
+    def _on_checkpointed(self, frame: frames.Checkpointed) -> None:
+        if 0 <= frame.index < len(self._indices):
+            self._on_checkpoint(self._held.assignment.items[self._indices[frame.index]], frame)
 
     def _on_settled(self, frame: frames.Settled) -> None:
         result = frame.failed or frame.produced

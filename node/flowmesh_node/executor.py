@@ -24,11 +24,12 @@ LOAD_TIMEOUT_S = 1800.0
 
 @dataclass(slots=True)
 class Watch:
-    """What a batch wants to hear while it runs: settled items, log lines, and that loading is over."""
+    """What a batch wants to hear while it runs: settled items, log lines, that loading is over, and checkpoints."""
 
     on_settled: Callable[[frames.Settled], None]
     on_line: Callable[[str], None]
     on_loaded: Callable[[frames.Loaded], None]
+    on_checkpoint: Callable[[frames.Checkpointed], None] = lambda frame: None
 
 
 class Executor:
@@ -99,6 +100,18 @@ class Executor:
         finally:
             self.is_busy, self._watch, self.used_at = False, None, time.monotonic()
 
+    def checkpoint_now(self) -> None:
+        """Let what trains write a checkpoint after the step that it is at; harmless where nothing trains."""
+        self._tell(frames.Pace(now=True))
+
+    def note_kept(self, behind_s: float) -> None:
+        """Tell what trains how long its last checkpoint took until the mesh held it."""
+        self._tell(frames.Pace(behind_s=behind_s))
+
+    def _tell(self, pace: frames.Pace) -> None:
+        if self.kind == "train" and self.is_busy and self._writer is not None:
+            self._writer.write(frames.pack(pace))
+
     async def _follow(self, watch: Watch, limit: asyncio.Timeout, timeout_s: float) -> None:
         while True:
             frame = await self._next_frame()
@@ -108,6 +121,8 @@ class Executor:
                 case frames.Line():
                     for line in frame.text.splitlines():
                         watch.on_line(line)
+                case frames.Checkpointed():
+                    watch.on_checkpoint(frame)
                 case frames.Loaded():
                     self.resident = frame.resident
                     limit.reschedule(asyncio.get_running_loop().time() + timeout_s if timeout_s else None)

@@ -85,6 +85,11 @@ class Executors:
         """Return how many processes are at work."""
         return sum(each.is_busy for each in self._all)
 
+    def checkpoint_now(self) -> None:
+        """Let everything that trains write a checkpoint after the step that it is at: this node may be gone soon."""
+        for each in self._all:
+            each.checkpoint_now()
+
     def describe(self) -> list[dict[str, object]]:
         """Return the processes for people."""
         return [

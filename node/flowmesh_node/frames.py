@@ -31,6 +31,27 @@ class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settled"):
     failed: Failed | None = None
 
 
+class Pace(msgspec.Struct, frozen=True, array_like=True, tag="pace"):
+    """Agent to executor, while it trains: write a checkpoint ``now``, or what was written last took ``behind_s`` until the mesh
+    held it.
+    """
+
+    now: bool = False
+    behind_s: float = 0.0
+
+
+class Checkpointed(msgspec.Struct, frozen=True, array_like=True, tag="checkpointed"):
+    """Executor to agent: the folder ``path`` is a complete checkpoint of the item ``index``; training stood still for
+    ``stall_us``.
+    """
+
+    index: int
+    path: str
+    step: int
+    steps: int
+    stall_us: int
+
+
 class Line(msgspec.Struct, frozen=True, array_like=True, tag="line"):
     """Executor to agent: a log line."""
 
@@ -51,7 +72,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
     resident: tuple[str, ...] = ()
 
 
-Frame = Run | Settled | Line | Loaded | Finished
+Frame = Run | Settled | Line | Loaded | Finished | Pace | Checkpointed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, NotFoundError, UsageError
+from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, InternalError, NotFoundError, UsageError
 from flowmesh_node import frames
 from flowmesh_node.operators.base import Batch, Content, Failed, Implementation, Produced
 from flowmesh_node.operators.registry import implementation
@@ -64,8 +65,24 @@ class Worker:
 
     def serve(self) -> None:
         """Run batches until the agent closes the link."""
-        while isinstance(frame := frames.receive(self._link), frames.Run):
-            self._run(frame.batch)
+        while frame := frames.receive(self._link):
+            # What was said to a training that had just ended concerns nobody any more.
+            if isinstance(frame, frames.Run):
+                self._run(frame.batch)
+
+    def keep(self, index: int, path: str, step: int, steps: int, stall_us: int) -> None:
+        """Hand a complete checkpoint to the agent."""
+        self._send(frames.Checkpointed(index, path, step, steps, stall_us))
+
+    def pace(self) -> tuple[bool, float]:
+        """Return what the agent has said since the last call; never waits for it to begin a word."""
+        is_now, behind_s = False, 0.0
+        while select.select([self._link], [], [], 0)[0]:
+            frame = frames.receive(self._link)
+            if not isinstance(frame, frames.Pace):
+                raise InternalError("the agent does not send that to a process at work")
+            is_now, behind_s = is_now or frame.now, frame.behind_s or behind_s
+        return is_now, behind_s
 
     def _send(self, frame: frames.Frame) -> None:
         with self._lock:
@@ -106,6 +123,9 @@ class Worker:
     def _implementation(self, type_name: str) -> Implementation:
         if type_name not in self._implementations:
             made = implementation(type_name)
+            attach = getattr(made, "attach", None)
+            if attach is not None:
+                attach(self)
             for name in made.types:
                 self._implementations[name] = made
         return self._implementations[type_name]

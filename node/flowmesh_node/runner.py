@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import shutil
 import uuid
@@ -13,8 +14,11 @@ from flowmesh_cas.cid import cid_parse
 from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, NotFoundError
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh.manifest import Metered
-from flowmesh_mesh.messages import Item, Log, Reason
+from flowmesh_mesh.messages import Item, Located, Log, Reason
+from flowmesh_node import frames
+from flowmesh_node.checkpoints import Checkpoints
 from flowmesh_node.course import Course
+from flowmesh_node.executor import Executor
 from flowmesh_node.executors import Executors
 from flowmesh_node.held import Held, Reply
 from flowmesh_node.inputs import Inputs
@@ -39,7 +43,11 @@ class Runner:
         send_log: Callable[[Log], None],
         memory_bytes: int,
         on_numeric: Callable[[str], None] = lambda numeric: None,
+        checkpoints: Checkpoints | None = None,
+        hazard_per_hour: float = 0.0,
     ) -> None:
+        self._checkpoints = checkpoints
+        self._hazard_per_hour = hazard_per_hour
         self._settings = settings
         self._store = store
         self._inputs = inputs
@@ -86,20 +94,54 @@ class Runner:
                 if identity not in cache:
                     cache[identity] = await self._inputs.lay_out(each.ref)
                 ports[port].append(cache[identity])
-        return base.Item(item.key.hex(), item.name, item.params, ports)
+        return base.Item(item.key.hex(), item.name, item.params, ports, item.generation, item.attempt)
+
+    async def _with_checkpoints(self, held: Held, items: dict[int, base.Item], course: Course) -> dict[int, base.Item]:
+        """Lay out what earlier attempts have left; who cannot have it begins at the beginning."""
+        found = dict(items)
+        for index, item in items.items():
+            at = held.assignment.items[index].checkpoint
+            if at is not None:
+                held.state = "fetching"
+                path = await self._checkpoint(at, course)
+                found[index] = dataclasses.replace(item, checkpoint=path)
+        return found
+
+    async def _checkpoint(self, at: Located, course: Course) -> str:
+        """Return the folder of a checkpoint, fetched anew if what is here is damaged; empty if nobody has it whole."""
+        why = "nobody has it"
+        for _ in range(2):
+            missing, _ = await self._inputs.bring(self._inputs.lacks([at]))
+            if missing:
+                break
+            try:
+                return (await self._inputs.lay_out(at.ref)).path
+            except FlowmeshError as error:
+                why = error.message
+                self._inputs.note_gone([at.ref.cid])
+        course.say(f"beginning at the beginning: the checkpoint cannot be had: {why}")
+        return ""
 
     async def _go(self, held: Held, reply: Reply, items: dict[int, base.Item], kind: str, fetched: Metered) -> None:
         """Run these items in one process; each is settled afterwards, unless the process died with several in it."""
         if not items:
             return
         scratch = self._scratch / uuid.uuid4().hex
-        course = Course(held, reply, list(items), fetched, self._store, self._inputs, self._send_log, self._on_numeric)
+        lent: list[Executor] = []
+
+        def keep(item: Item, frame: frames.Checkpointed) -> None:
+            if self._checkpoints is not None:
+                self._checkpoints.take(held.assignment, item, frame, lent[0].note_kept)
+
+        course = Course(held, reply, list(items), fetched, self._store, self._inputs, self._send_log, self._on_numeric, keep)
         try:
+            items = await self._with_checkpoints(held, items, course)
             batch = await self._batch(held, list(items.values()), scratch)
             held.state = "queued"
             async with self._executors.lent(
                 kind, [each.digest for each in batch.models.values()], batch.memory_bytes
             ) as executor:
+                lent.append(executor)
                 held.state = "running"
                 patience_s = batch.timeout_s + USER_GRACE_S if kind == "user" else batch.timeout_s
                 await executor.run(batch, course.watch(), patience_s)
@@ -136,6 +178,8 @@ class Runner:
             assignment.timeout_s or (self._settings.user_timeout_s if is_user else 0.0),
             assignment.memory_bytes or (self._user_memory_bytes if is_user else 0),
             assignment.numeric,
+            self._settings.checkpoint_s,
+            self._hazard_per_hour,
         )
 
     async def _model(self, reference: str, digest: str) -> base.Model:

@@ -44,6 +44,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of a user's function that states none; 0 means half of the node's memory."""
     cache_bytes: int = 16 * 2**30
     """Largest size of the materialised inputs; the least recently used go first."""
+    checkpoint_s: float = 0.0
+    """How often a training writes a checkpoint; 0 lets that follow from what one costs and how often such a node is lost."""
     allow_hub: bool = False
     """Whether executors may download from the Hugging Face hub."""
 

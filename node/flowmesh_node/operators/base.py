@@ -42,12 +42,18 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One operator of the batch. ``key`` is the operator key in hex; ``name`` is for people and logs only."""
+    """One operator of the batch. ``key`` is the operator key in hex; ``name`` is for people and logs only.
+
+    ``checkpoint`` is a read-only folder from which an attempt may go on; empty if there is none.
+    """
 
     key: str
     name: str
     params: dict[str, Any]
     inputs: dict[str, list[Input]] = field(default_factory=dict)
+    generation: int = 0
+    attempt: int = 0
+    checkpoint: str = ""
 
     def rows(self, port: str = "rows") -> list[Row]:
         """Return the records of all the tables at ``port``, in order."""
@@ -65,7 +71,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Items that share type, models, code and engine options. ``scratch`` is an empty folder for this batch's files."""
+    """Items that share type, models, code and engine options. ``scratch`` is an empty folder for this batch's files.
+
+    ``cadence_s`` above 0 is how often a training writes a checkpoint; else that follows from what one costs and from
+    ``hazard_per_hour``, how often such a node is taken away.
+    """
 
     type: str
     version: int
@@ -76,6 +86,8 @@ class Batch:
     timeout_s: float = 0.0
     memory_bytes: int = 0
     numeric: str = "any"
+    cadence_s: float = 0.0
+    hazard_per_hour: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +122,16 @@ class Failed:
 
 Emit = Callable[[int, Produced | Failed], None]
 """Called once per item (its index in the batch) as soon as it is settled."""
+
+
+class Saving(Protocol):
+    """The way to the agent for what an operator keeps of its progress. An implementation with ``attach`` is handed one."""
+
+    def keep(self, index: int, path: str, step: int, steps: int, stall_us: int) -> None:
+        """Hand over the complete folder of a checkpoint; from then on it is the agent's. Any thread may call it."""
+
+    def pace(self) -> tuple[bool, float]:
+        """Tell whether a checkpoint is wanted at once, and how long the last one took until the mesh held it (0: nothing new)."""
 
 
 class Implementation(Protocol):

@@ -11,15 +11,15 @@ import importlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flowmesh_cas.errors import ExecutionError, UsageError
 from flowmesh_mesh.catalog import DpoParams, SftParams
-from flowmesh_node.operators import engine
-from flowmesh_node.operators.base import Batch, Content, Emit, Failed, Item, Model, Produced, Row, table
+from flowmesh_mesh.clock import monotonic_ns
+from flowmesh_node.operators import checkpointing, engine
+from flowmesh_node.operators.base import Batch, Content, Emit, Failed, Produced, Row, Saving, table
 from flowmesh_node.operators.text import at_row, messages, params_of, prompt_tokens, template
 
 Log = Callable[[str], None]
@@ -43,6 +43,13 @@ class Train:
 
     types: tuple[str, ...] = ("train.sft", "train.dpo")
 
+    def __init__(self) -> None:
+        self._saving: Saving | None = None
+
+    def attach(self, saving: Saving) -> None:
+        """Hand over checkpoints from now on; without, none are written."""
+        self._saving = saving
+
     def load(self, batch: Batch) -> None:
         """Import what training needs and make the model ready; it is read anew for each training, which changes it."""
         engine.folder_of(batch.models["model"])
@@ -53,30 +60,39 @@ class Train:
     def run(self, batch: Batch, emit: Emit, log: Log) -> None:
         """Train one adapter per item."""
         for index, item in enumerate(batch.items):
-            started = time.perf_counter()
+            began_ns = monotonic_ns()
             folder = Path(batch.scratch) / str(index)
             folder.mkdir(parents=True)
             try:
-                outputs, tokens = _trained(batch.type, item, batch.models["model"], folder, log)
+                outputs, tokens = _trained(batch, index, folder, self._saving, log)
             except ExecutionError as error:
                 emit(index, Failed(error.reason, error.message))
                 continue
-            spent_us = round(1e6 * (time.perf_counter() - started))
+            spent_us = (monotonic_ns() - began_ns) // 1000
             emit(index, Produced(outputs, rows=len(item.rows()), tokens_in=tokens, exec_us=spent_us))
 
 
-def _trained(kind: str, item: Item, model: Model, folder: Path, log: Log) -> tuple[dict[str, list[Content]], int]:
-    params: TrainParams = params_of(item, SftParams) if kind == "train.sft" else params_of(item, DpoParams)
+def _trained(batch: Batch, index: int, folder: Path, saving: Saving | None, log: Log) -> tuple[dict[str, list[Content]], int]:
+    item, model = batch.items[index], batch.models["model"]
+    params: TrainParams = params_of(item, SftParams) if batch.type == "train.sft" else params_of(item, DpoParams)
     path = engine.folder_of(model)
     tokenizer = engine.read_tokenizer(path)
     examples = _examples(params, item.rows(), tokenizer)
     log(f"{len(examples)} examples, {params.steps} steps of {params.batch_size}")
     trainer = _trainer(params, examples, tokenizer, path, folder, log)
+    began_at = checkpointing.go_on(trainer, batch, index, params.steps, folder, log)
+    keeper = None
+    if saving is not None:
+        keeper = checkpointing.Keeper(batch, index, params.steps, folder / "checkpoints", saving, log)
+        _keep(trainer, keeper)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=began_at)
     except RuntimeError as error:
         reason = "oom" if "out of memory" in str(error).lower() else "user-error"
         raise ExecutionError(f"training failed: {error}", reason=reason) from error
+    finally:
+        if keeper is not None:
+            keeper.finish()
     metrics = metric_rows(trainer.state.log_history)
     adapter = folder / "adapter"
     write_adapter(trainer.model, model.digest, adapter)
@@ -185,6 +201,23 @@ def _callback(transformers: Any, steps: int, log: Log) -> Any:
             log(f"step {state.global_step} of {steps}: loss {float(logs['loss']):.4f}{margin}")
 
     return Progress()
+
+
+def _keep(trainer: Any, keeper: checkpointing.Keeper) -> None:
+    """Let a trainer hand itself to ``keeper`` after a step, when that wants it; what it logged of the step is included."""
+    import transformers
+
+    class Due(transformers.TrainerCallback):  # type: ignore[misc]
+        """Ask for a checkpoint when one is due."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            keeper.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = keeper.is_due(state.global_step)
+
+    trainer.add_callback(Due())
+    trainer._save_checkpoint = lambda model, trial: keeper.keep(trainer)
 
 
 def metric_rows(history: list[dict[str, Any]]) -> list[Row]:
