@@ -33,6 +33,7 @@ TENANT_RUNS = "fm.runs"
 LEADER_ALIVE = "fm.leader.alive"
 LEDGER_EPOCHS = "led.epoch.*"
 ASSIGN_EPOCHS = "asg.epoch.*"
+LEDGER_RESTORED = "led.restored.*"
 
 
 def submit(tenant: str) -> str:
@@ -169,6 +170,11 @@ def ledger_ended(tenant: str, run: str) -> str:
 
 def ledger_cancelled(tenant: str, run: str) -> str:
     return f"led.cancelled.{tenant}.{run}"
+
+
+def ledger_restored(epoch: int) -> str:
+    """Mark that the ledger holds what the journals of the schedulers hold; one without it was made anew."""
+    return f"led.restored.{epoch}"
 
 
 def ledger_reserved(tenant: str, period: int) -> str:

@@ -54,6 +54,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tenants_may_cordon: bool = False
     """Every tenant may do that: right where they are one person, as on a mesh that `flowmesh up` starts."""
 
+    keepers: int = 2
+    """How many others than the leader keep each accepted run that lasts (docs/recovery.md): schedulers that stand by first, then
+    nodes. 0: nobody does."""
+
+    journal_max_bytes: int = 1 << 30
+    """Most bytes of the journal, from which a ledger is restored that was lost; beyond it only the ends of old runs stay."""
+
     settings: Settings = msgspec.field(default_factory=Settings)
 
 

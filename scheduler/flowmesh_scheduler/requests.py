@@ -184,6 +184,10 @@ class Requests:
         self._leader.feeds.forget(*pair)
         self.settle(pair, False)
 
+    def is_accepting(self, pair: tuple[str, str]) -> bool:
+        """Tell whether a submission of this run is on its way into the ledger."""
+        return pair in self._accepting
+
     def settle(self, pair: tuple[str, str], is_accepted: bool) -> None:
         future = self._accepting.pop(pair, None)
         if future is not None and not future.done():

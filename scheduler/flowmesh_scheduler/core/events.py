@@ -149,6 +149,21 @@ class Recovered:
 
 
 @dataclass(frozen=True, slots=True)
+class Reinstated:
+    """Accepted runs that were lost to this leader and are found: the ledger shows their acceptances."""
+
+    runs: Sequence[RecoveredRun]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Nobody has the manifest of an accepted run any more; ``detail`` says what is gone and who was asked."""
+
+    acceptance: Acceptance
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -170,5 +185,7 @@ Event = (
     | CutOff
     | Restored
     | Recovered
+    | Reinstated
+    | GivenUp
     | Tick
 )

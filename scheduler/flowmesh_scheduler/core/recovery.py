@@ -32,7 +32,7 @@ def on_recovered(state: State, event: Recovered, now_us: int, out: Outbox) -> No
         state.ended[(end.tenant, end.run)] = (end, acceptance)
     entering: list[Vertex] = []
     for found in event.runs:
-        run = _resume(state, found, out)
+        run = resume_run(state, found, out)
         entering.extend(v for v in run.vertices if v.waits_for == 0 and v.state is VertexState.WAITING)
     out.entering = entering
 
@@ -64,7 +64,7 @@ def evaluate(state: State, acceptance: Acceptance, manifest: Manifest, end: RunE
     return run
 
 
-def _resume(state: State, found: RecoveredRun, out: Outbox) -> Run:
+def resume_run(state: State, found: RecoveredRun, out: Outbox) -> Run:
     """Evaluate a run against the ledger: its own results stand without being asked for again."""
     run = start_run(state, found.acceptance, found.manifest, out)
     _follow_results(state, run, out)

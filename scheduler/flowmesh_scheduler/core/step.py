@@ -15,6 +15,7 @@ from flowmesh_scheduler.core import (
     planning,
     pooling,
     recovery,
+    reinstating,
     speculation,
 )
 from flowmesh_scheduler.core.commands import Command
@@ -27,6 +28,7 @@ from flowmesh_scheduler.core.events import (
     DoneReceived,
     Ended,
     Event,
+    GivenUp,
     Kept,
     Located,
     NodeDisconnected,
@@ -34,6 +36,7 @@ from flowmesh_scheduler.core.events import (
     QuarantineLifted,
     ReadySeen,
     Recovered,
+    Reinstated,
     Restored,
     Submitted,
     Tick,
@@ -127,5 +130,7 @@ _HANDLERS: dict[type, Callable[[State, Any, int, Outbox], None]] = {
     CutOff: _on_cut_off,
     Restored: _on_restored,
     Recovered: recovery.on_recovered,
+    Reinstated: reinstating.on_reinstated,
+    GivenUp: reinstating.on_given_up,
     Tick: _on_tick,
 }

@@ -1,0 +1,510 @@
+"""Keepers: others than the leader that hold each accepted run, so that losing the broker's store, or the leader's, loses none.
+
+An acceptance that has lasted a moment is given, sealed, to some holders: schedulers that stand by first, then nodes. They fetch
+what its manifest needs, pin it, and answer once all of it is on their disks. Whoever is lost is replaced. When the ledger shows
+the end of a run, they let it go. A keeper that comes, or comes back, is asked which runs it keeps: what has ended since, it may
+forget; what nobody knows any more comes back into the ledger, if its seal is good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from flowmesh_cas.errors import FlowmeshError, IntegrityError, NotFoundError, TransientError, UsageError
+from flowmesh_mesh import seals, subjects
+from flowmesh_mesh.bus import Delivery, Subscription
+from flowmesh_mesh.keeping import Pair
+from flowmesh_mesh.manifest import Acceptance, Manifest, decode_record
+from flowmesh_mesh.messages import Guard, Guarded, Recall, Recalled, SchedulerBeat, Sealed, Unguard, decode, encode
+from flowmesh_mesh.transfer import fetch_many
+from flowmesh_scheduler.core import events as e
+from flowmesh_scheduler.hub import name_blocks
+
+if TYPE_CHECKING:
+    from flowmesh_scheduler.service import Leader
+
+log = logging.getLogger("flowmesh.scheduler")
+
+SETTLE_S = 1.0
+"""A run that ends sooner is guarded by nobody: it would be over before anybody had it."""
+
+RECOVERED_SETTLE_S = 4.0
+"""The same for the runs that a new leader finds: its keepers tell first whom they have already."""
+
+TICK_S = 0.5
+BATCH_RUNS = 256
+BATCH_BYTES = 512 * 1024
+GUARD_TIMEOUT_S = 310.0
+STRUCK_S = 15.0
+"""How long a holder that failed to keep something is not asked again."""
+
+SEEK_S = 5.0
+"""Pause between two tries to find manifests that nobody had."""
+
+STANDBY_SEEN_S = 5.0
+RECALL_TIMEOUT_S = 10.0
+RECALLS_AT_ONCE = 8
+FETCH_DEADLINE_S = 120.0
+COPY_DEADLINE_S = 60.0
+"""How long a large submission waits for its second holder before it is accepted with one."""
+
+WIRE_OF_KEEPERS = 2
+"""Oldest version of the wire that knows how to keep."""
+
+
+@dataclass(slots=True)
+class Lost:
+    """An accepted run that the leader cannot plan: nobody has given its manifest yet."""
+
+    acceptance: Acceptance
+    since_s: float
+    cancelled_by: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Somebody who can keep: ``name`` is that of its blocks, ``subject`` where it hears the leader, ``life`` when it started."""
+
+    name: str
+    subject: str
+    life: int
+
+
+@dataclass(slots=True)
+class Pending:
+    """A run that wants keepers: when it is due, and its record while that is at hand."""
+
+    due_s: float
+    record: bytes = b""
+    tried: set[str] = field(default_factory=set)
+
+
+class Keepers:
+    """The leader's side of keeping."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._loop = asyncio.get_running_loop()
+        self._pending: dict[Pair, Pending] = {}
+        self._guards: dict[Pair, set[str]] = {}
+        self._by_holder: dict[str, set[Pair]] = {}
+        self._let_go: dict[str, list[Pair]] = {}
+        self._struck_until: dict[str, float] = {}
+        self._busy: set[str] = set()
+        self._asked: dict[str, int] = {}
+        self._standbys: dict[str, tuple[float, SchedulerBeat]] = {}
+        self._single: dict[Pair, str] = {}
+        self._seek_at_s = 0.0
+        self._recalling = asyncio.Semaphore(RECALLS_AT_ONCE)
+        self.restoring: set[Pair] = set()
+        self.lost: dict[Pair, Lost] = {}
+        self.unknown = 0
+        """Acceptances that keepers had and the ledger had not, since this leader took over."""
+
+    # --- who there is
+
+    async def listen(self) -> list[Subscription]:
+        """Hear which schedulers stand by."""
+        return [await self._leader.bus.subscribe("fm.scheduler.*.beat", self._on_beat)]
+
+    def _on_beat(self, delivery: Delivery) -> None:
+        try:
+            beat = decode(delivery.data, SchedulerBeat)
+        except UsageError as error:
+            log.info("unreadable beat of a scheduler: %s", error.message)
+            return
+        if beat.scheduler != self._leader.name and delivery.subject == subjects.scheduler_beat(beat.scheduler):
+            if beat.role == "standby":
+                self._standbys[beat.scheduler] = (self._loop.time(), beat)
+            else:
+                self._standbys.pop(beat.scheduler, None)
+
+    def standbys(self) -> list[Holder]:
+        """Return the schedulers that stand by and can keep."""
+        oldest_s = self._loop.time() - STANDBY_SEEN_S
+        return [
+            Holder(beat.holder or subjects.hub_of(name), subjects.scheduler_control(name), beat.started_at_us)
+            for name, (seen_s, beat) in sorted(self._standbys.items())
+            if seen_s >= oldest_s and beat.wire >= WIRE_OF_KEEPERS
+        ]
+
+    def nodes(self) -> list[Holder]:
+        """Return the nodes that can keep."""
+        return [
+            Holder(node.name, subjects.node_control(node.name), node.record.started_at_us)
+            for _, node in sorted(self._leader.state.nodes.items())
+            if node.is_usable and node.record.wire >= WIRE_OF_KEEPERS
+        ]
+
+    def _choose(self, pair: Pair, pending: Pending, standbys: Sequence[Holder], nodes: Sequence[Holder]) -> list[Holder]:
+        """Return who is to keep a run beside those who do: standbys first, then nodes, spread by the run's name."""
+        have = self._guards.get(pair, set())
+        wanted = self._leader.config.keepers - len(have)
+        now_s, found = self._loop.time(), list[Holder]()
+        for group in (standbys, nodes):
+            start = int.from_bytes(sha256(f"{pair[0]}\0{pair[1]}".encode()).digest()[:4], "big") % max(1, len(group))
+            for offset in range(len(group)):
+                if len(found) >= wanted:
+                    return found
+                holder = group[(start + offset) % len(group)]
+                if holder.name not in have and self._struck_until.get(holder.name, 0.0) <= now_s:
+                    found.append(holder)
+        return found
+
+    # --- what comes and goes
+
+    def accepted(self, pair: Pair, record: bytes) -> None:
+        """The ledger shows an acceptance: unless its run ends at once, it is to be kept."""
+        self._pending[pair] = Pending(self._loop.time() + SETTLE_S, record)
+
+    def ended(self, pair: Pair) -> None:
+        """The ledger shows the end of a run: whoever keeps it may forget it."""
+        self._pending.pop(pair, None)
+        self._single.pop(pair, None)
+        for name in self._guards.pop(pair, ()):
+            self._by_holder[name].discard(pair)
+            self._let_go.setdefault(name, []).append(pair)
+
+    def begin(self, lost: Iterable[tuple[Acceptance, str]] = ()) -> None:
+        """Take up the runs that the ledger has, at take-over; ``lost`` are those without a manifest, with who cancelled them."""
+        due_s = self._loop.time() + RECOVERED_SETTLE_S
+        for pair, run in self._leader.state.runs.items():
+            if run.end is None and pair not in self._pending:
+                self._pending[pair] = Pending(due_s)
+        for acceptance, cancelled_by in lost:
+            pair = (acceptance.tenant, acceptance.run)
+            self.lost[pair] = Lost(acceptance, self._loop.time(), cancelled_by)
+            self._pending.pop(pair, None)
+        self._leader.spawn(self.run())
+
+    async def run(self) -> None:
+        """Look after keepers, for ever."""
+        while True:
+            try:
+                self._look()
+                if self.lost and self._loop.time() >= self._seek_at_s:
+                    self._seek_at_s = self._loop.time() + SEEK_S
+                    self._leader.spawn(self.seek_lost())
+            except FlowmeshError as error:
+                log.warning("keepers: %s", error)
+            await asyncio.sleep(TICK_S * random.uniform(0.8, 1.2))
+
+    def _look(self) -> None:
+        standbys, nodes = self.standbys(), self.nodes()
+        present = {holder.name: holder for holder in (*standbys, *nodes)}
+        for name in [name for name in self._by_holder if name not in present]:
+            self._holder_lost(name)
+        for holder in present.values():
+            if self._asked.get(holder.name) != holder.life:
+                self._asked[holder.name] = holder.life
+                self._leader.spawn(self._recall(holder))
+        self._send_let_go(present)
+        if self._leader.state.is_cut_off or not self._pending:
+            return
+        for holder, pairs in self._due(standbys, nodes).values():
+            self._busy.add(holder.name)
+            self._leader.spawn(self._guard(holder, pairs))
+
+    def _holder_lost(self, name: str) -> None:
+        due_s = self._loop.time() + SETTLE_S
+        for pair in self._by_holder.pop(name):
+            holders = self._guards.get(pair)
+            if holders is not None:
+                holders.discard(name)
+                self._pending.setdefault(pair, Pending(due_s))
+        self._asked.pop(name, None)
+
+    def _send_let_go(self, present: Mapping[str, Holder]) -> None:
+        let_go, self._let_go = self._let_go, {}
+        for name, pairs in let_go.items():
+            if name in present:  # who is away is told when it is back
+                for start in range(0, len(pairs), BATCH_RUNS):
+                    message = Unguard(self._leader.state.epoch, tuple(pairs[start : start + BATCH_RUNS]))
+                    self._leader.bus.post(present[name].subject, encode(message))
+
+    def _due(self, standbys: Sequence[Holder], nodes: Sequence[Holder]) -> dict[str, tuple[Holder, list[Pair]]]:
+        """Return the runs that are due, by who shall keep them."""
+        now_s, found = self._loop.time(), dict[str, tuple[Holder, list[Pair]]]()
+        for pair, pending in list(self._pending.items()):
+            if pending.due_s > now_s:
+                continue
+            run = self._leader.state.runs.get(pair)
+            if run is None or run.end is not None or len(self._guards.get(pair, ())) >= self._leader.config.keepers:
+                del self._pending[pair]
+                continue
+            chosen = self._choose(pair, pending, standbys, nodes)
+            if not chosen:
+                pending.due_s = now_s + STRUCK_S / 3
+            for holder in chosen:
+                pairs = found.setdefault(holder.name, (holder, []))[1]
+                if holder.name not in self._busy and len(pairs) < BATCH_RUNS:
+                    pairs.append(pair)
+        return {name: each for name, each in found.items() if each[1]}
+
+    # --- guarding
+
+    async def _guard(self, holder: Holder, pairs: list[Pair]) -> None:
+        try:
+            entries = await self._entries(pairs)
+            if not entries:
+                return
+            first, *others = entries.values()
+            sources = (subjects.HUB, *(name for pair in entries for name in self._guards.get(pair, ())))
+            message = Guard(
+                self._leader.state.epoch,
+                first.acceptance,
+                first.seal,
+                first.roots,
+                tuple(dict.fromkeys(sources)),
+                tuple(others),
+            )
+            data = await self._leader.bus.request(holder.subject, encode(message), timeout_s=GUARD_TIMEOUT_S)
+            answer = decode(data, Guarded)
+            kept = set(answer.runs) if answer.error else set(entries)
+            if answer.error:
+                log.info("%s does not keep everything: %s", holder.name, answer.error)
+                self._struck_until[holder.name] = self._loop.time() + STRUCK_S
+            for pair in kept & set(entries):
+                self._note_kept(pair, holder.name)
+        except FlowmeshError as error:
+            log.info("%s keeps nothing: %s", holder.name, error)
+            self._struck_until[holder.name] = self._loop.time() + STRUCK_S
+        finally:
+            self._busy.discard(holder.name)
+
+    def _note_kept(self, pair: Pair, name: str) -> None:
+        run = self._leader.state.runs.get(pair)
+        if run is None or run.end is not None:
+            self._let_go.setdefault(name, []).append(pair)
+            return
+        self._guards.setdefault(pair, set()).add(name)
+        self._by_holder.setdefault(name, set()).add(pair)
+        pending = self._pending.get(pair)
+        if pending is not None:
+            pending.record = b""
+
+    async def _entries(self, pairs: Sequence[Pair]) -> dict[Pair, Sealed]:
+        """Return the sealed acceptances of runs, up to what one message carries."""
+        found: dict[Pair, Sealed] = {}
+        size = 0
+        for pair in pairs:
+            record = await self._record(pair)
+            if record is None:
+                continue
+            size += len(record)
+            if found and size > BATCH_BYTES:
+                break
+            acceptance = decode_record(record, Acceptance)
+            roots: tuple[bytes, ...] = ()
+            if not acceptance.blocks or name_blocks([acceptance.manifest], acceptance.blocks)[1]:
+                roots = (acceptance.manifest,)
+            found[pair] = Sealed(record, seals.seal(self._leader.secret, record), roots)
+        return found
+
+    async def _record(self, pair: Pair) -> bytes | None:
+        pending = self._pending.get(pair)
+        if pending is not None and pending.record:
+            return pending.record
+        found = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_accepted(*pair))
+        return found.data if found is not None else None
+
+    # --- two holders before an acceptance
+
+    async def copied(self, pair: Pair, roots: Sequence[bytes]) -> None:
+        """Wait until somebody beside the leader holds contents that came before their run is accepted, on a replicated mesh.
+
+        There is a deadline: a mesh that has lost its other holders goes on accepting, and says so in its status.
+        """
+        if self._leader.config.replicas < 2 and not self.standbys():
+            return
+        why = "nobody beside the leader can hold it"
+        for holder in [*self.standbys(), *self.nodes()][:3]:
+            message = Guard(self._leader.state.epoch, b"", b"", tuple(roots), (subjects.HUB,))
+            try:
+                data = await self._leader.bus.request(holder.subject, encode(message), timeout_s=COPY_DEADLINE_S)
+                answer = decode(data, Guarded)
+            except FlowmeshError as error:
+                why = f"{holder.name}: {error.message}"
+                continue
+            if not answer.error:
+                return
+            why = f"{holder.name}: {answer.error}"
+        log.warning("run %s is accepted with one holder of its contents: %s", pair[1], why)
+        self._single[pair] = why
+
+    # --- what keepers tell
+
+    async def _recall(self, holder: Holder) -> None:
+        """Ask a keeper which runs it has, and get back those that nobody knows any more."""
+        async with self._recalling:
+            try:
+                unknown: set[Pair] = set()
+                async for answer in self._pages(holder, "runs"):
+                    for pair in answer.runs:
+                        if not self._note_recalled(pair, holder.name):
+                            unknown.add(pair)
+                if not unknown:
+                    return
+                async for answer in self._pages(holder, "acceptances"):
+                    for record, seal in answer.acceptances:
+                        await self.restore(record, seal, holder.name, only=unknown)
+            except FlowmeshError as error:
+                log.info("%s does not tell what it keeps: %s", holder.name, error)
+                if not isinstance(error, IntegrityError):
+                    self._asked.pop(holder.name, None)
+
+    def _note_recalled(self, pair: Pair, holder: str) -> bool:
+        """Note that a keeper has a run; tell whether the run is known here."""
+        if pair in self._leader.state.ended:
+            self._let_go.setdefault(holder, []).append(pair)
+            return True
+        if pair in self._leader.state.runs:
+            self._note_kept(pair, holder)
+            return True
+        return False
+
+    async def _pages(self, holder: Holder, what: str) -> Any:
+        cursor = 0
+        while cursor >= 0:
+            question = encode(Recall(cursor, what))
+            answer = decode(await self._leader.bus.request(holder.subject, question, timeout_s=RECALL_TIMEOUT_S), Recalled)
+            yield answer
+            if 0 <= answer.cursor <= cursor:
+                raise IntegrityError(f"{holder.name} makes no progress in what it tells")
+            cursor = answer.cursor
+
+    async def restore(self, record: bytes, seal: bytes, holder: str, *, only: set[Pair] | None = None) -> bool:
+        """Write an acceptance that the ledger lacks back into it and plan its run; tell whether it was one."""
+        if not seals.is_sealed(self._leader.secret, record, seal):
+            log.warning("%s offers an acceptance whose seal is not ours", holder)
+            return False
+        acceptance = decode_record(record, Acceptance)
+        pair = (acceptance.tenant, acceptance.run)
+        if (only is not None and pair not in only) or self._is_known(pair) or self._leader.requests.is_accepting(pair):
+            return False
+        self.restoring.add(pair)
+        try:
+            manifest = await self._bring(acceptance, [holder])
+            known = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_accepted(*pair))
+            if known is None:
+                await self._write(subjects.ledger_accepted(*pair), record)
+            self.unknown += 1
+            log.warning("run %s was lost to the ledger; %s had its acceptance", acceptance.run, holder)
+            if manifest is None:
+                self.lost[pair] = Lost(acceptance, self._loop.time())
+            else:
+                self._reinstate(acceptance, manifest)
+        finally:
+            self.restoring.discard(pair)
+        if manifest is not None:
+            self._note_kept(pair, holder)
+        return True
+
+    def _is_known(self, pair: Pair) -> bool:
+        state = self._leader.state
+        return pair in state.runs or pair in state.ended or pair in self.lost or pair in self.restoring
+
+    async def _write(self, subject: str, record: bytes) -> None:
+        written = self._loop.create_future()
+        self._leader.ledger.write(subject, record, lambda _: None if written.done() else written.set_result(None))
+        await asyncio.wait({written, self._leader.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not written.done():
+            raise TransientError("the leadership ended")
+
+    def _reinstate(self, acceptance: Acceptance, manifest: Manifest, cancelled_by: str = "") -> None:
+        pair = (acceptance.tenant, acceptance.run)
+        self.lost.pop(pair, None)
+        roots = {
+            source.ref.cid
+            for operator in manifest.operators
+            for sources in operator.inputs.values()
+            for source in sources
+            if source.ref is not None
+        }
+        roots |= {operator.code.cid for operator in manifest.operators if operator.code is not None}
+        self._leader.hub_holds(root for root in roots if self._leader.hub.holds(root))
+        self._leader.apply(e.Reinstated([e.RecoveredRun(acceptance, manifest, cancelled_by)]))
+        self._leader.feeds.open(self._leader.feeds.feed(*pair, acceptance.encoding))
+        self._pending[pair] = Pending(self._loop.time() + SETTLE_S)
+
+    # --- contents from others
+
+    async def _bring(self, acceptance: Acceptance, holders: Sequence[str]) -> Manifest | None:
+        """Bring the manifest and all given contents of a run to the hub; None where nobody has the manifest."""
+        hub = self._leader.hub
+        if acceptance.blocks:
+            named, _ = name_blocks([acceptance.manifest], acceptance.blocks)
+            hub.put_soon(named)
+        if not await asyncio.to_thread(hub.holds, acceptance.manifest):
+            everyone = [*holders, *(holder.name for holder in (*self.standbys(), *self.nodes()))]
+            sources = list(dict.fromkeys(everyone))
+            try:
+                wanted = {acceptance.manifest: sources}
+                await fetch_many(self._leader.bus, hub.store, wanted, deadline_s=FETCH_DEADLINE_S)
+            except FlowmeshError as error:
+                log.info("run %s: not all of its contents can be had: %s", acceptance.run, error)
+        try:
+            return decode_record(hub.get(acceptance.manifest), Manifest)
+        except (NotFoundError, IntegrityError):
+            return None
+
+    async def fetch_lost(self, roots: Iterable[bytes]) -> list[bytes]:
+        """Bring contents to the hub that neither it nor any node has, from schedulers that stand by; return what came."""
+        names = [holder.name for holder in self.standbys()]
+        found: list[bytes] = []
+        for root in roots if names else ():
+            try:
+                await fetch_many(self._leader.bus, self._leader.hub.store, {root: names}, deadline_s=FETCH_DEADLINE_S)
+                found.append(root)
+            except FlowmeshError as error:
+                log.info("no standby has a lost content: %s", error)
+        return found
+
+    async def seek_lost(self) -> int:
+        """Look once more for the manifests of runs that cannot be planned; return how many were found."""
+        found = 0
+        for lost in list(self.lost.values()):
+            manifest = await self._bring(lost.acceptance, [])
+            if manifest is not None and (lost.acceptance.tenant, lost.acceptance.run) in self.lost:
+                self._reinstate(lost.acceptance, manifest, lost.cancelled_by)
+                found += 1
+        return found
+
+    def give_up(self, pair: Pair) -> None:
+        """End a run of which nobody has the manifest, and say so."""
+        lost = self.lost.pop(pair)
+        asked = len(self.standbys()) + len(self.nodes())
+        waited_s = self._loop.time() - lost.since_s
+        detail = f"its manifest is gone: neither the hub nor {asked} other holders have had it for {waited_s:.0f} s"
+        self._leader.apply(e.GivenUp(lost.acceptance, detail))
+
+    # --- what people see
+
+    def plain(self) -> dict[str, Any]:
+        """Return who keeps how much, for the status."""
+        return {
+            "wanted": self._leader.config.keepers,
+            "holders": {name: len(pairs) for name, pairs in sorted(self._by_holder.items()) if pairs},
+            "guarded": len(self._guards),
+            "waiting": len(self._pending),
+            "lost": len(self.lost),
+            "restored": self.unknown,
+        }
+
+    def guards_of(self, pair: Pair) -> set[str]:
+        """Return the names of those who keep a run."""
+        return self._guards.get(pair, set())
+
+    def warnings(self) -> list[str]:
+        """Return what an operator of the mesh should know."""
+        for pair in [pair for pair in self._single if pair not in self._leader.state.runs]:
+            del self._single[pair]
+        found = [f"run {pair[1]} has one holder of its contents: {why}" for pair, why in self._single.items()]
+        return [*found, *(f"run {pair[1]} waits for its manifest: nobody has it" for pair in self.lost)]
