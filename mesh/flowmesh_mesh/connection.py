@@ -8,7 +8,7 @@ What differs from the library, and why:
   a reconnection with fresh credentials instead of a client that is closed for ever;
 - a path that swallows bytes is aborted after a second instead of blocking reconnection and close;
 - a first connection has a deadline, is proven by a round trip, and names the refusal when credentials are wrong;
-- reconnection waits a random, growing time.
+- a lost broker is left at once for one that has not failed; reconnection waits a random time that grows where all have failed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ from flowmesh_cas.errors import TransientError, UsageError
 from flowmesh_mesh.credentials import Credentials
 
 log = logging.getLogger("flowmesh.bus")
+
+PING_S = 2
+"""How often the broker is asked for a sign of life. One that owes two answers is left: a frozen one after four to six seconds."""
+
+FIRST_WAIT_S = 0.05
+"""Longest wait before the first attempt after a loss: those who lost the same broker do not all knock at once."""
 
 RECONNECT_MAX_S = 2.0
 """Longest wait between two attempts to reconnect; the wait is random below a bound that doubles up to this."""
@@ -99,6 +105,8 @@ class Connection(Client):  # type: ignore[misc]
         self._loop = asyncio.get_running_loop()
         self._flush_scheduled = False
         self._is_first = True
+        self._tried = ""
+        """Address of the broker that was tried, or lost, last."""
 
     async def open(
         self, urls: list[str], credentials: Credentials | None, *, name: str, inbox: str, deadline_s: float, **callbacks: Any
@@ -115,7 +123,7 @@ class Connection(Client):  # type: ignore[misc]
                     urls,
                     name=name,
                     inbox_prefix=inbox,
-                    ping_interval=5,
+                    ping_interval=PING_S,
                     max_outstanding_pings=2,
                     reconnect_time_wait=0.05,
                     max_reconnect_attempts=-1,
@@ -140,10 +148,22 @@ class Connection(Client):  # type: ignore[misc]
         self._is_first = False
 
     def _next_server(self, servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
-        """Choose where to reconnect, and after which random wait in seconds."""
-        server = random.choice(servers)
-        bound = min(RECONNECT_MAX_S, 0.02 * 2 ** min(server.reconnects, 10))
+        """Choose where to reconnect, and after which random wait in seconds.
+
+        First come those with the fewest failures since they were last connected to, among them others than the one tried last.
+        """
+        fewest = min(server.reconnects for server in servers)
+        best = [server for server in servers if server.reconnects == fewest]
+        server = random.choice([each for each in best if each.uri.netloc != self._tried] or best)
+        self._tried = server.uri.netloc
+        bound = min(RECONNECT_MAX_S, 0.02 * 2 ** min(fewest, 10)) if fewest else FIRST_WAIT_S
         return server, random.uniform(0.0, bound)
+
+    def _note_loss(self) -> None:
+        """Count the loss of a link against the broker it led to."""
+        if self._current_server is not None:
+            self._current_server.reconnects += 1
+            self._tried = self._current_server.uri.netloc
 
     # --- sending
 
@@ -223,6 +243,7 @@ class Connection(Client):  # type: ignore[misc]
 
     async def _process_op_err(self, error: Exception) -> None:
         if self.is_connected:
+            self._note_loss()
             self.on_drop()
         await super()._process_op_err(error)
 

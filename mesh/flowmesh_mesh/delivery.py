@@ -56,6 +56,7 @@ _SEQUENCE_IN_FLIGHT = 10164
 _STORE_FAILED = 10077
 _NO_MESSAGE = 10037
 _NAME_IN_USE = 10058
+_TOO_FEW_BROKERS = 10005
 
 
 def error_of(error: ApiError, what: str) -> FlowmeshError:
@@ -73,7 +74,7 @@ def error_of(error: ApiError, what: str) -> FlowmeshError:
         return MadeOtherwiseError(text, hint="Look at the stream that is there.")
     if error.code == 404:
         return NotFoundError(text)
-    if error.code in (408, 429, 503):
+    if error.code in (408, 429, 503) or error.err_code == _TOO_FEW_BROKERS:
         return TransientError(text, hint="The broker is busy or starting: try again.")
     return InternalError(text)
 
