@@ -510,15 +510,23 @@ class Epoch(_Message, frozen=True, tag="epoch/1"):
 
 
 class Lease(_Message, frozen=True, tag="lease/1"):
-    """Holder of the scheduler's lease."""
+    """Holder of the scheduler's lease.
+
+    ``life`` tells this process from an earlier one of the same name, ``secret`` is a digest of the mesh's secret that it has.
+    """
 
     leader: str
     at_us: int
     address: str = ""
+    life: str = ""
+    secret: str = ""
 
 
 class SchedulerBeat(_Message, frozen=True, tag="scheduler-beat/1"):
-    """A scheduler is there: ``role`` is leader or standby. ``holder`` is the name under which it gives its hub's blocks."""
+    """A scheduler is there: ``role`` is leader or standby. ``holder`` is the name under which it gives its hub's blocks.
+
+    ``secret`` is a digest of the mesh's secret that it has; ``refused_writes`` counts what the broker refused it as a deposed leader.
+    """
 
     scheduler: str
     at_us: int
@@ -530,6 +538,8 @@ class SchedulerBeat(_Message, frozen=True, tag="scheduler-beat/1"):
     wire: int = 1
     wire_oldest: int = 1
     memory_bytes: int = 0
+    secret: str = ""
+    refused_writes: int = 0
 
 
 M = TypeVar("M")

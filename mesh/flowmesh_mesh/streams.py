@@ -58,14 +58,16 @@ class ConsumerConfig(msgspec.Struct, frozen=True):
     num_replicas: int = 0
 
 
-def submit(replicas: int = 1) -> StreamConfig:
+def submit(first_seq_ms: int = 0, replicas: int = 1) -> StreamConfig:
     """Submissions and cancellations of all tenants; the subject ends with the tenant's key.
 
-    The leader removes what it has settled in bulk: a work queue would sync each removal on its own.
+    The leader removes what it has settled in bulk: a work queue would sync each removal on its own. ``first_seq_ms`` is the current
+    time, so that a leader of an earlier life of the store removes nothing of this one.
     """
     return StreamConfig(
         subjects.SUBMIT,
         ["fm.submit.*", "fm.cancel.*"],
+        first_seq=first_seq_ms,
         num_replicas=replicas,
         duplicate_window=120 * SECOND_NS,
     )
@@ -159,8 +161,11 @@ def costs(replicas: int = 1) -> StreamConfig:
     )
 
 
-def lease(replicas: int = 1) -> StreamConfig:
-    """The bucket of the leader's lease: keys expire, and an expiry leaves a marker that watchers see."""
+def lease(first_seq_ms: int = 0, replicas: int = 1) -> StreamConfig:
+    """The bucket of the leader's lease: keys expire, and an expiry leaves a marker that watchers see.
+
+    Epoch records name a revision of it: it must not begin anew below one of them.
+    """
     return StreamConfig(
         subjects.LEASE_STREAM,
         [f"$KV.{subjects.LEASE_BUCKET}.>"],
@@ -169,6 +174,7 @@ def lease(replicas: int = 1) -> StreamConfig:
         allow_rollup_hdrs=True,
         allow_msg_ttl=True,
         subject_delete_marker_ttl=SECOND_NS,
+        first_seq=first_seq_ms,
         num_replicas=replicas,
         duplicate_window=2 * SECOND_NS,
     )
@@ -177,10 +183,10 @@ def lease(replicas: int = 1) -> StreamConfig:
 def mesh_streams(now_ms: int, replicas: int = 1) -> list[StreamConfig]:
     """Return every stream of a mesh, those that guard first."""
     return [
-        lease(replicas),
+        lease(now_ms, replicas),
         ledger(now_ms, replicas),
         assign(now_ms, replicas),
-        submit(replicas),
+        submit(now_ms, replicas),
         ready(replicas),
         done(replicas),
         runs(replicas),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from functools import partial
 
 from flowmesh_cas.errors import TransientError
 from flowmesh_mesh import subjects
@@ -24,7 +26,7 @@ class AssignmentQueue:
     def __init__(self, bus: Bus, stream: GuardedStream) -> None:
         self._bus = bus
         self._stream = stream
-        self._sent: dict[str, asyncio.TimerHandle] = {}
+        self._sent: dict[str, tuple[asyncio.TimerHandle, Callable[[], None]]] = {}
         self._open: dict[str, dict[str, int]] = {}
         self._last: dict[str, int] = {}
         self._swept: dict[str, int] = {}
@@ -35,7 +37,8 @@ class AssignmentQueue:
         if may_run_in_vain and len(data) <= SENT_MAX_BYTES:
             self._bus.post(subjects.node_control(assignment.node), data)
             loop = asyncio.get_running_loop()
-            self._sent[assignment.id] = loop.call_later(WRITTEN_AFTER_S, self._write, assignment.node, assignment.id, data)
+            write = partial(self._write, assignment.node, assignment.id, data)
+            self._sent[assignment.id] = (loop.call_later(WRITTEN_AFTER_S, write), write)
         else:
             self._write(assignment.node, assignment.id, data)
 
@@ -57,9 +60,9 @@ class AssignmentQueue:
 
     def settle(self, node: str, assignment: str) -> int:
         """Forget an assignment; return its sequence, 0 when it is not written."""
-        timer = self._sent.pop(assignment, None)
-        if timer is not None:
-            timer.cancel()
+        sent = self._sent.pop(assignment, None)
+        if sent is not None:
+            sent[0].cancel()
         return self._open.get(node, {}).pop(assignment, 0)
 
     async def delete(self, sequence: int) -> None:
@@ -76,8 +79,10 @@ class AssignmentQueue:
                 await self._bus.purge(subjects.ASSIGN, subjects.assign(node, "*"), below_seq=floor)
                 self._swept[node] = floor
 
-    def close(self) -> None:
-        """Write nothing more."""
-        for timer in self._sent.values():
+    def close(self, *, is_written: bool) -> None:
+        """Hand over nothing more; what was only sent is written now if ``is_written``, for the next leader to know of."""
+        sent, self._sent = self._sent, {}
+        for timer, write in sent.values():
             timer.cancel()
-        self._sent.clear()
+            if is_written:
+                write()

@@ -144,10 +144,10 @@ class Hands:
         # a success follows from results that are in the ledger already: nobody has to wait for its record
         self._leader.feeds.tell(*pair, "ended", plain_end(end))
         if not self._ending:
-            asyncio.get_running_loop().call_later(ENDS_GATHERED_S, self._write_ends)
+            asyncio.get_running_loop().call_later(ENDS_GATHERED_S, self.write_ends)
         self._ending[pair] = encode_record(end)
 
-    def _write_ends(self) -> None:
+    def write_ends(self) -> None:
         """Write the successes of a moment together."""
         ending, self._ending = self._ending, {}
         for pair, record in ending.items():

@@ -72,6 +72,7 @@ class Reports:
         if beat.node not in self._leader.state.nodes and beat.node not in self._sought:
             self._sought.add(beat.node)
             self._leader.spawn(self._seek(beat.node))
+        self._leader.hear_epoch(beat.node, beat.epoch)
         self._leader.apply(e.BeatReceived(beat))
 
     async def _seek(self, node: str) -> None:

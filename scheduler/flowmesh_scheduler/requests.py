@@ -44,7 +44,7 @@ class Requests:
     async def listen(self) -> list[Subscription | Pull]:
         """Subscribe to what tenants send, and take what waited for a leader."""
         bus = self._leader.bus
-        await bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader"))
+        await self.ensure_consumer()
         listening: list[Subscription | Pull] = [
             await bus.subscribe(subjects.submit("*"), self._on_request),
             await bus.subscribe(subjects.cancel("*"), self._on_request),
@@ -55,6 +55,10 @@ class Requests:
         ]
         await self.sweep()
         return listening
+
+    async def ensure_consumer(self) -> None:
+        """Make the consumer of ready operators, which a broker that restarted has forgotten."""
+        await self._leader.bus.ensure_consumer(subjects.READY, streams.leader_consumer("leader"))
 
     async def sweep(self) -> None:
         """Read the copies of requests that came since the last sweep; remove what is settled, up to the first that is not."""

@@ -1,11 +1,13 @@
-"""The leader: take-over, lease, and the loop of events, ``step`` and commands. All decisions are the core's."""
+"""The leader: take-over, and the loop of events, ``step`` and commands. All decisions are the core's."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterable
+import os
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, Pull, Subscription
-from flowmesh_mesh.clock import now_us
+from flowmesh_mesh.clock import monotonic_s, now_us
+from flowmesh_mesh.messages import WIRE_VERSION, Epoch, encode
 from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.config import Config
 from flowmesh_scheduler.core import commands as c
@@ -22,20 +25,27 @@ from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.core.step import step
 from flowmesh_scheduler.costs_store import CostsStore
 from flowmesh_scheduler.feeds import Feeds
-from flowmesh_scheduler.guarded import GuardedStream
+from flowmesh_scheduler.guarded import GuardedStream, patiently
 from flowmesh_scheduler.hands import Hands
 from flowmesh_scheduler.hub import Hub
 from flowmesh_scheduler.intake import Resolver
-from flowmesh_scheduler.lease import RENEW_S, SchedulerLease
+from flowmesh_scheduler.lease import Change, SchedulerLease
 from flowmesh_scheduler.recording import Recording
 from flowmesh_scheduler.reports import Reports
 from flowmesh_scheduler.requests import Requests
-from flowmesh_scheduler.takeover import read_state
+from flowmesh_scheduler.standbys import Highest, Presence, Vacancy
+from flowmesh_scheduler.takeover import Report, Stopwatch, collection_put_off, lacking_streams, make_streams, read_state
 
 log = logging.getLogger("flowmesh.scheduler")
 
 TICK_S = 0.1
 SWEEP_S = 0.5
+
+FINISH_S = 0.5
+"""Longest wait of a leader that stops for its last writes."""
+
+STEP_ALLOWANCE_S = 120.0
+"""Rebuilding the state of a mesh is one step, the longest of all: it counts as a sign of life for so long."""
 
 
 class Leader:
@@ -50,11 +60,15 @@ class Leader:
         store: BlockStore,
         secret: bytes,
         record: Path | None = None,
+        highest: Highest | None = None,
+        presence: Presence | None = None,
+        vacancy: Vacancy | None = None,
     ) -> None:
         self.bus = bus
         self.config = config
         self.name = name
         self.lease = lease
+        self.secret = secret
         self.hub = Hub(bus, store)
         self.state = State(config.settings)
         self.tenant_names = {key: tenant for tenant, key in config.tenants.items()}
@@ -64,10 +78,17 @@ class Leader:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.feeds = Feeds(bus.post, now_us)
         self.resolver = Resolver(bus, lambda: [n.name for n in self.state.nodes.values() if n.is_usable])
-        self.ledger = GuardedStream(bus, subjects.LEDGER, subjects.LEDGER_EPOCHS, subjects.ledger_epoch, self._fenced)
-        self.assign = GuardedStream(bus, subjects.ASSIGN, subjects.ASSIGN_EPOCHS, subjects.assign_epoch, self._fenced)
+        self.highest = highest if highest is not None else Highest(Path(os.devnull))
+        self.presence = presence if presence is not None else Presence(name, "")
+        self.report = Report(why=vacancy.why, previous=vacancy.previous) if vacancy is not None else Report()
+        self._last_sign_s = vacancy.last_sign_s if vacancy is not None else 0.0
+        self.is_overtaken = False
+        """A node has seen a higher epoch than ours: lead again under one that is higher still."""
+        self.ledger = self._guarded(subjects.LEDGER, subjects.LEDGER_EPOCHS, subjects.ledger_epoch)
+        self.assign = self._guarded(subjects.ASSIGN, subjects.ASSIGN_EPOCHS, subjects.assign_epoch)
         self.queue = AssignmentQueue(bus, self.assign)
-        self._carry_out = Hands(self).carry_out
+        self.hands = Hands(self)
+        self._carry_out = self.hands.carry_out
         self.tenant_roots: dict[str, set[bytes]] = {}
         self.inline: dict[tuple[str, str], list[bytes]] = {}
         self.costs = CostsStore(bus, self.state.costs)
@@ -76,50 +97,76 @@ class Leader:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listening: list[Subscription | Pull] = []
         self.is_ready = False
+        self.is_cut_off = False
+        self._is_looking = False
         self._early: list[e.Event] = []
         self._woken_at_us = 0
         self._record = record
         self.recording: Recording | None = None
 
+    def _guarded(self, stream: str, epochs: str, subject: Callable[[int], str]) -> GuardedStream:
+        return GuardedStream(self.bus, stream, epochs, subject, self._fenced, is_replicated=self.config.replicas > 1)
+
     # --- life
 
     async def run(self) -> str:
-        """Lead until it is lost; return why."""
-        try:
-            await self._take_over()
-            self.spawn(self._tick())
-            self.spawn(self._renew())
-            self.spawn(self._sweep())
-            self.spawn(self.costs.run())
-            return await self.lost
-        finally:
-            await self._close()
+        """Lead until it is lost; return why. :meth:`finish` and :meth:`close` must follow."""
+        self.spawn(self._tick())
+        await self._take_over()
+        self.spawn(self._sweep())
+        self.spawn(self.costs.run())
+        return await self.lost
 
     async def _take_over(self) -> None:
         """Fence, read, rebuild, listen, act: in the order of docs/scheduler.md."""
-        at_us = now_us()
-        epoch = await self.ledger.raise_epoch(at_us // 1000, self.name, self.lease.revision, at_us)
-        epoch = await self.assign.raise_epoch(epoch, self.name, self.lease.revision, at_us)
-        self.state.epoch = epoch
-        self.feeds = Feeds(self.bus.post, now_us, first=epoch)
-        self._listening += await self.reports.listen()
-        found = await read_state(self.bus, self.hub, self.state, self.queue)
-        await self.costs.read()
-        self._begin_recording()
-        self.is_ready = True
-        await self.reports.join_all(found.nodes)
-        self.apply(found.recovered)
+        watch = Stopwatch(self.report)
+        with collection_put_off():
+            await self._raise_epochs()
+            watch.lap("fence")
+            self._listening += await self.reports.listen()
+            self.bus.post(subjects.ALL_NODES_CONTROL, encode(self._epoch_record()))
+            found = await read_state(self.bus, self.hub, self.state, self.queue)
+            await self.costs.read()
+            watch.lap("read")
+            self._begin_recording()
+            self.is_ready = True
+            await self.reports.join_all(found.nodes)
+            watch.lap("nodes")
+            self.lease.beat(STEP_ALLOWANCE_S)
+            self.apply(found.recovered)
+            self.lease.beat()
+            watch.lap("rebuild")
         if self.lost.done():
             return
+        self.report.count(self.state, found)
         for acceptance in found.recovered.runs:
             feed = self.feeds.feed(acceptance.acceptance.tenant, acceptance.acceptance.run, acceptance.acceptance.encoding)
             self.feeds.open(feed)
         early, self._early = self._early, []
         for event in early:
             self.apply(event)
+        watch.lap("act")
         await self._listen_to_tenants()
         await self.bus.flush()
-        log.info("leading with epoch %d: %d runs, %d results", epoch, len(self.state.runs), len(self.state.results))
+        watch.lap("listen")
+        log.warning("leading with epoch %d: %s", self.state.epoch, self.report.text())
+
+    def _epoch_record(self) -> Epoch:
+        return Epoch(self.state.epoch, self.name, self.lease.revision, self.since_us, WIRE_VERSION)
+
+    async def _raise_epochs(self) -> None:
+        """Write the epoch records; from here on nobody who led earlier can write."""
+        at_us, lease = now_us(), self.lease.revision
+        await patiently(partial(make_streams, self.bus, max(at_us // 1000, self.highest.sequence + 1), self.config.replicas))
+        at_least = max(at_us // 1000, self.highest.epoch + 1)
+        epoch = await self.ledger.raise_epoch(at_least, self.name, lease, at_us)
+        if self._last_sign_s:
+            self.report.silent_s = monotonic_s() - self._last_sign_s
+        epoch = await self.assign.raise_epoch(epoch, self.name, lease, at_us)
+        self.state.epoch = self.presence.epoch = epoch
+        self.feeds = Feeds(self.bus.post, now_us, first=epoch)
+        self.highest.note(epoch, max(self.ledger.fence_sequence, self.assign.fence_sequence))
+        self.spawn(asyncio.to_thread(self.highest.write))
 
     def _begin_recording(self) -> None:
         """Begin the event log of this epoch, if one is wanted; without it the leader leads all the same."""
@@ -143,14 +190,22 @@ class Leader:
     async def _listen_to_tenants(self) -> None:
         from flowmesh_mesh.transfer import serve_blocks
 
-        self._listening.append(await self.bus.subscribe(subjects.LEADER_ALIVE, lambda d: d.post_respond(self.name.encode())))
         self._listening.append(await serve_blocks(self.bus, self.hub.store, subjects.HUB, now_us=now_us))
         await self.reports.catch_up()
         self._listening += await self.requests.listen()
 
-    async def _close(self) -> None:
+    async def finish(self) -> None:
+        """The end of a leadership that nobody has taken: let what was decided become durable, so that the next leader has it."""
+        if not self.lease.is_held or not self.is_ready:
+            return
+        self.queue.close(is_written=True)
+        self.hands.write_ends()
+        await asyncio.gather(self.ledger.drain(FINISH_S), self.assign.drain(FINISH_S))
+
+    async def close(self) -> None:
+        """Listen and write no more."""
         self.is_ready = False
-        self.queue.close()
+        self.queue.close(is_written=False)
         for listening in self._listening:
             with contextlib.suppress(FlowmeshError):
                 await (listening.unsubscribe() if isinstance(listening, Subscription) else listening.stop())
@@ -167,6 +222,70 @@ class Leader:
         """End this leadership."""
         if not self.lost.done():
             self.lost.set_result(why)
+
+    @property
+    def refused_writes(self) -> int:
+        """How many writes the broker refused because another scheduler leads."""
+        return self.ledger.refused + self.assign.refused
+
+    # --- the lease
+
+    def on_lease(self, change: Change) -> None:
+        """Hear what became of the lease: without it nothing new is given out, and no clock of a node's lease runs."""
+        if change is Change.LOST:
+            self.stop("the lease was taken by another scheduler")
+        elif change is Change.UNSURE:
+            self._cut_off("the broker does not take the lease's renewal")
+            self.spawn(self._look_after_streams())
+        elif change is Change.RETAKEN:
+            self.spawn(self._go_on())
+        elif self.is_cut_off:
+            self._restore()
+
+    def _cut_off(self, why: str) -> None:
+        if not self.is_cut_off:
+            log.warning("cut off: %s", why)
+            self.is_cut_off = True
+            self.apply(e.CutOff())
+
+    def _restore(self) -> None:
+        log.warning("no longer cut off")
+        self.is_cut_off = False
+        self.apply(e.Restored())
+
+    async def _go_on(self) -> None:
+        """The lease had run out, and we have it again: go on if nobody led meanwhile."""
+        current = await asyncio.gather(patiently(self.ledger.is_current), patiently(self.assign.is_current))
+        if not all(current):
+            self.stop("another scheduler led while this one was cut off")
+        elif self.is_cut_off and self.lease.is_held:
+            self._restore()
+
+    def on_reconnect(self) -> None:
+        """The broker is back, perhaps without what it kept in memory, perhaps with an empty store."""
+        self.spawn(self._look_after_streams())
+
+    async def _look_after_streams(self) -> None:
+        """Make what lacks of the streams; a leader whose guarded streams are gone has lost its fence."""
+        if self._is_looking:
+            return
+        self._is_looking = True
+        try:
+            lacking = await patiently(partial(lacking_streams, self.bus))
+            if lacking:
+                self.stop(f"the broker has lost its streams {', '.join(lacking)}")
+            else:
+                await patiently(partial(make_streams, self.bus, now_us() // 1000, self.config.replicas))
+                await self.requests.ensure_consumer()
+        finally:
+            self._is_looking = False
+
+    def hear_epoch(self, node: str, epoch: int) -> None:
+        """A node tells the highest epoch that it has seen. It takes nothing from a leader below that."""
+        if epoch > self.state.epoch and self.is_ready and self.highest.accepts(node, epoch):
+            self.highest.note(epoch)
+            self.is_overtaken = True
+            self.stop(f"node {node} has seen epoch {epoch}")
 
     def _fenced(self, error: Exception) -> None:
         self.stop(f"fenced: {error}")
@@ -187,8 +306,10 @@ class Leader:
 
     async def _tick(self) -> None:
         while True:
+            self.lease.beat()
             await asyncio.sleep(TICK_S)
-            self.apply(e.Tick())
+            if self.is_ready:
+                self.apply(e.Tick())
 
     async def _sweep(self) -> None:
         """Remove what is settled from the streams of requests and assignments."""
@@ -198,22 +319,6 @@ class Leader:
                 await self.queue.sweep()
                 await self.requests.sweep()
                 await self.reports.sweep()
-
-    async def _renew(self) -> None:
-        """Keep the lease; fail closed when it cannot be kept."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(RENEW_S)
-            try:
-                if not await self.lease.renew(now_us()):
-                    self.stop("the lease was taken by another scheduler")
-                    return
-                if self.state.is_cut_off:
-                    self.apply(e.Restored())
-            except TransientError as error:
-                if loop.time() > self.lease.held_until - RENEW_S and not self.state.is_cut_off:
-                    log.warning("cut off: %s", error)
-                    self.apply(e.CutOff())
 
     # --- the loop: event, step, commands
 
@@ -230,6 +335,8 @@ class Leader:
         if not self.is_ready:
             self._early.append(event)
             return
+        if not (self.is_cut_off or self.lease.is_held):
+            self._cut_off("the lease ran out")  # this process stood still: nothing may happen before the lease is sure
         at_us, commands = now_us(), list[c.Command]()
         try:
             try:

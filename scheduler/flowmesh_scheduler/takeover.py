@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from flowmesh_cas.cid import RAW, cid_of
 from flowmesh_cas.errors import FlowmeshError, IntegrityError, UsageError
-from flowmesh_mesh import subjects
+from flowmesh_mesh import streams, subjects
 from flowmesh_mesh.bus import Bus
+from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.manifest import (
     Acceptance,
     Cancellation,
@@ -19,12 +27,103 @@ from flowmesh_mesh.manifest import (
     record_cid,
 )
 from flowmesh_mesh.messages import Assignment, NodeHealth, NodeRecord, decode
+from flowmesh_mesh.streams import StreamConfig
 from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.hub import Hub, name_blocks
 
 log = logging.getLogger("flowmesh.scheduler")
+
+
+@dataclass(slots=True)
+class Report:
+    """How a take-over went. ``silent_s``: from the earlier leader's last sign of life to the first write, if one led."""
+
+    at_us: int = 0
+    why: str = ""
+    previous: str = ""
+    silent_s: float | None = None
+    took_s: float = 0.0
+    phases_s: dict[str, float] = field(default_factory=dict)
+    runs: int = 0
+    results: int = 0
+    assignments: int = 0
+    operators: int = 0
+
+    def count(self, state: State, found: Found) -> None:
+        """Note what was taken over."""
+        self.runs = len(found.recovered.runs)
+        self.results = len(found.recovered.results)
+        self.assignments = len(found.recovered.assignments)
+        self.operators = sum(run.unfinished for run in state.runs.values())
+
+    def text(self) -> str:
+        """Return it in one line, for the log."""
+        silent = "" if self.silent_s is None else f", {self.silent_s:.3f} s after the last sign of {self.previous}"
+        told = f"{self.runs} runs, {self.operators} operators, {self.assignments} assignments, {self.results} results"
+        return f"{told}; took {self.took_s:.3f} s{silent} ({self.why or 'nobody led'})"
+
+    def plain(self) -> dict[str, Any]:
+        """Return it for people."""
+        return {
+            "at_us": self.at_us,
+            "why": self.why,
+            "from": self.previous,
+            "silent_s": None if self.silent_s is None else round(self.silent_s, 3),
+            "took_s": round(self.took_s, 3),
+            "phases_s": {name: round(seconds, 4) for name, seconds in self.phases_s.items()},
+            "runs": self.runs,
+            "operators": self.operators,
+            "results": self.results,
+            "assignments": self.assignments,
+        }
+
+
+class Stopwatch:
+    """Measures the phases of a take-over."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._began_s = self._last_s = monotonic_s()
+        report.at_us = now_us()
+
+    def lap(self, phase: str) -> None:
+        """End a phase."""
+        at_s = monotonic_s()
+        self._report.phases_s[phase] = at_s - self._last_s
+        self._report.took_s = at_s - self._began_s
+        self._last_s = at_s
+
+
+@contextlib.contextmanager
+def collection_put_off() -> Iterator[None]:
+    """Collect no garbage while a state is rebuilt: there is none, only millions of objects that stay; nor look at those later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+async def make_streams(bus: Bus, now_ms: int, replicas: int) -> None:
+    """Make every stream that lacks, and give those that have fewer as many replicas; none ever gets fewer."""
+    await asyncio.gather(*(_make_stream(bus, config) for config in streams.mesh_streams(now_ms, replicas)))
+
+
+async def _make_stream(bus: Bus, config: StreamConfig) -> None:
+    found = await bus.stream_info(config.name)
+    if found is not None:
+        kept = max(config.num_replicas, int(found.config.get("num_replicas", 1)))
+        config = msgspec.structs.replace(config, num_replicas=kept)
+    await bus.ensure_stream(config)
+
+
+async def lacking_streams(bus: Bus) -> list[str]:
+    """Return which of the guarded streams do not exist."""
+    found = await asyncio.gather(*(bus.stream_info(name) for name in (subjects.LEDGER, subjects.ASSIGN)))
+    return [name for name, info in zip((subjects.LEDGER, subjects.ASSIGN), found, strict=True) if info is None]
 
 
 @dataclass(slots=True)
