@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import nats
+import nats.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy
 
 from bench.workloads import BATCH_S, ITEM_S
@@ -215,3 +216,92 @@ class Raw:
         self._run(self._connection.close())
         self._runner.close()
         self._broker.stop()
+
+
+async def _work_one_by_one(url: str) -> None:
+    """Take one order at a time: what a worker that dies has in hand is one, and comes again after the consumer's ack_wait."""
+    connection = await nats.connect(url)
+    stream = connection.jetstream()
+    orders = await stream.pull_subscribe("slow", durable="slow", stream="SLOW")
+    while True:
+        try:
+            found = await orders.fetch(1, timeout=5)
+        except nats.errors.TimeoutError:
+            continue
+        for message in found:
+            order = json.loads(message.data)
+            await asyncio.sleep(order["wait_s"])
+            await stream.publish("slow-result", json.dumps(order).encode())
+            await message.ack()
+
+
+def _slow_worker(url: str) -> None:
+    asyncio.run(_work_one_by_one(url))
+
+
+class Killed:
+    """The hand-written loop for orders that take a while, with one of two workers killed and started again under way."""
+
+    ACK_WAIT_S = 1.0
+    """Ten times what an order takes."""
+
+    def __init__(self, count: int, wait_s: float, fault_at_s: float, back_at_s: float) -> None:
+        self._count = count
+        self._wait_s = wait_s
+        self._fault_at_s = fault_at_s
+        self._back_at_s = back_at_s
+        self._context = multiprocessing.get_context("spawn")
+
+    def run(self) -> tuple[float, int]:
+        """Return seconds from the first submission to the last result, and how many orders gave none."""
+        broker = Broker()
+        workers = [self._worker(broker.url) for _ in range(WORKERS)]
+        try:
+            return asyncio.run(self._measure(broker.url, workers))
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join(5)
+            broker.stop()
+
+    def _worker(self, url: str) -> Any:
+        return self._context.Process(target=_slow_worker, args=(url,), daemon=True)
+
+    async def _measure(self, url: str, workers: list[Any]) -> tuple[float, int]:
+        connection = await nats.connect(url)
+        stream = connection.jetstream()
+        await stream.add_stream(name="SLOW", subjects=["slow"], retention=RetentionPolicy.WORK_QUEUE)
+        await stream.add_stream(name="SLOW_RESULTS", subjects=["slow-result"])
+        await stream.add_consumer("SLOW", ConsumerConfig(durable_name="slow", ack_wait=self.ACK_WAIT_S))
+        done: set[int] = set()
+        arrived = asyncio.Event()
+
+        async def take(message: Any) -> None:
+            done.add(json.loads(message.data)["n"])
+            arrived.set()
+
+        await stream.subscribe("slow-result", cb=take, config=ConsumerConfig(ack_policy=AckPolicy.NONE))
+        for worker in workers:
+            worker.start()
+        await self._ask(stream, done, arrived, range(-8, 0))
+        began = time.perf_counter()
+        fault = asyncio.create_task(self._fault(url, workers, began))
+        await self._ask(stream, done, arrived, range(self._count))
+        took_s = time.perf_counter() - began
+        await fault
+        await connection.close()
+        return took_s, self._count - len([n for n in done if n >= 0])
+
+    async def _ask(self, stream: Any, done: set[int], arrived: asyncio.Event, numbers: range) -> None:
+        for number in numbers:
+            await stream.publish("slow", json.dumps({"n": number, "wait_s": self._wait_s}).encode())
+        while not done.issuperset(numbers):
+            arrived.clear()
+            await asyncio.wait_for(arrived.wait(), 60)
+
+    async def _fault(self, url: str, workers: list[Any], began: float) -> None:
+        await asyncio.sleep(max(0.0, began + self._fault_at_s - time.perf_counter()))
+        workers[0].kill()
+        await asyncio.sleep(max(0.0, began + self._back_at_s - time.perf_counter()))
+        workers.append(self._worker(url))
+        workers[-1].start()

@@ -19,9 +19,17 @@ class Delay:
         """Do nothing: there is no model."""
 
     def run(self, batch: Batch, emit: Emit, log: Callable[[str], None]) -> None:
-        """Sleep as long as the batch costs, then give every item its nonce, all at once as a batched engine does."""
+        """Sleep as long as the batch costs, then give every item its nonce, all at once as a batched engine does.
+
+        Where the batch as such costs nothing, each item is given when its own time is over.
+        """
         began = time.perf_counter()
         params = [params_of(item, DelayParams) for item in batch.items]
+        if not params[0].batch_s:
+            for index, each in enumerate(params):
+                time.sleep(max(0.0, began + each.item_s * (index + 1) - time.perf_counter()))
+                emit(index, Produced({"out": [value(each.nonce)]}, rows=1, exec_us=round(each.item_s * 1e6)))
+            return
         time.sleep(params[0].batch_s + params[0].item_s * len(params))
         exec_us = round((time.perf_counter() - began) * 1e6 / len(params))
         for index, each in enumerate(params):

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop
-from math import log2
+from math import ceil, log2
 
+from flowmesh_scheduler.core.checkpoints import refs_of
 from flowmesh_scheduler.core.classes import NodeClass
 from flowmesh_scheduler.core.costs import Size
 from flowmesh_scheduler.core.outstanding import executor_of
@@ -169,8 +170,20 @@ def batch_count(state: State, queue: Queue, head: Work, fixed_s: float, each_s: 
         is_quick = fixed_s + each_s * settings.batch_floor[kind] < settings.quick_batch_s
         return max(1, min(ready, limit, max(settings.batch_floor[kind] if is_quick else 1, count)))
     if each_s > 0:
-        count = min(count, max(1, int((settings.batch_max_s - fixed_s) / each_s)))
+        count = min(count, max(1, int((settings.batch_max_s - fixed_s) / each_s)), _enough(state, ready, fixed_s, each_s))
     return max(1, min(limit, count))
+
+
+def _enough(state: State, ready: int, fixed_s: float, each_s: float) -> int:
+    """Return above how many operators a larger batch gains next to nothing: the rest is for whichever node is free first.
+
+    While much is left a batch takes half of a node's part of all that is left: so nodes end together, and one that is lost, or
+    comes back, changes little.
+    """
+    settings = state.settings
+    least_s = max(fixed_s / settings.batch_overhead, settings.feed_ahead_s)
+    nodes = sum(len(each.nodes) for each in state.fleet.classes.values())
+    return max(ceil(least_s / each_s), ceil(ready / (2 * max(1, nodes))))
 
 
 def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeClass, node: Node) -> Factors:
@@ -210,7 +223,7 @@ def factors_of(state: State, queue: Queue, head: Work, base: Base, klass: NodeCl
 def _missing(state: State, head: Work, count: int, node: Node) -> tuple[float, float]:
     """Return seconds and dollars of bringing the inputs of a batch to a node; the first operator stands for all."""
     missing, egress = 0, 0.0
-    for refs in head.inputs.values():
+    for refs in (*head.inputs.values(), *refs_of(state, head)):
         for ref in refs[:_INPUTS_SAMPLED]:
             places = state.places.get(ref.cid)
             if places and node.name not in places:

@@ -59,6 +59,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     batch_max_s: float = 60.0
     """Most seconds that a batch of several operators is predicted to take: bounds what a lost node costs, and a tenant's wait."""
 
+    batch_overhead: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.05
+    """A batch whose fixed costs are a smaller share of its time than this gains nothing by being larger: what is left stays for
+    whichever node is free first."""
+
     shard_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """Most seconds that a shard of ``shards: auto`` is predicted to take: what a lost node costs."""
 
