@@ -6,11 +6,13 @@ one checks the manifest first; a folder that lacks a file, or holds it half, is 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from flowmesh_cas import dag
+from flowmesh_cas import dag, dag_pb, unixfs
+from flowmesh_cas.cid import DAG_PB, codec_of
 from flowmesh_cas.errors import IntegrityError
 from flowmesh_cas.store import BlockStore
 
@@ -74,6 +76,26 @@ def decode_manifest(data: bytes) -> CheckpointManifest:
         raise IntegrityError(f"a checkpoint of format {manifest.format} is not understood here")
     if any(name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name for name in manifest.files):
         raise IntegrityError("the manifest of a checkpoint names a file that no folder may hold")
+    return manifest
+
+
+def check_stored(store: BlockStore, root: bytes) -> CheckpointManifest:
+    """Read a checkpoint in a store through and return its manifest; raise FlowmeshError unless it is whole. Blocking."""
+    if codec_of(root) != DAG_PB:
+        raise IntegrityError("a checkpoint is a folder")
+    cids = {link.name: link.cid for link in dag_pb.decode(store.get(root)).links}
+    if MANIFEST not in cids:
+        raise IntegrityError("a checkpoint without a manifest was left half-way")
+    manifest = decode_manifest(unixfs.read_bytes(store, cids.pop(MANIFEST), max_bytes=MANIFEST_MAX_BYTES))
+    if cids.keys() != manifest.files.keys():
+        raise IntegrityError("a checkpoint holds other files than its manifest names")
+    for name, file in manifest.files.items():
+        digest, size = hashlib.sha256(), 0
+        for chunk in unixfs.read_chunks(store, cids[name], max_bytes=file.size):
+            digest.update(chunk)
+            size += len(chunk)
+        if (digest.hexdigest(), size) != (file.sha256, file.size):
+            raise IntegrityError(f"file {name} of a checkpoint is not what its manifest says")
     return manifest
 
 

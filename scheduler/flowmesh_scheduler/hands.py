@@ -159,6 +159,9 @@ class Hands:
     def _change(self, command: c.Change) -> None:
         self._leader.feeds.tell_changes(command.tenant, command.run, list(command.changes), command.counts)
 
+    def _drop_checkpoint(self, command: c.DropCheckpoint) -> None:
+        self._leader.checkpoints.drop(command.key)
+
 
 _CARRY_OUT: dict[type, Callable[[Hands, Any], None]] = {
     c.Accept: Hands._accept,
@@ -172,4 +175,5 @@ _CARRY_OUT: dict[type, Callable[[Hands, Any], None]] = {
     c.RecordHealth: Hands._record_health,
     c.EndRun: Hands._end,
     c.Change: Hands._change,
+    c.DropCheckpoint: Hands._drop_checkpoint,
 }

@@ -18,6 +18,7 @@ from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.messages import WIRE_VERSION, Epoch, encode
 from flowmesh_scheduler.assignments import AssignmentQueue
+from flowmesh_scheduler.checkpoints import Checkpoints
 from flowmesh_scheduler.config import Config
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
@@ -94,6 +95,7 @@ class Leader:
         self.costs = CostsStore(bus, self.state.costs)
         self.reports = Reports(self)
         self.requests = Requests(self)
+        self.checkpoints = Checkpoints(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listening: list[Subscription | Pull] = []
         self.is_ready = False
@@ -124,6 +126,7 @@ class Leader:
             await self._raise_epochs()
             watch.lap("fence")
             self._listening += await self.reports.listen()
+            self._listening += await self.checkpoints.listen()
             self.bus.post(subjects.ALL_NODES_CONTROL, encode(self._epoch_record()))
             found = await read_state(self.bus, self.hub, self.state, self.queue)
             await self.costs.read()
@@ -133,6 +136,7 @@ class Leader:
             await self.reports.join_all(found.nodes)
             watch.lap("nodes")
             self.lease.beat(STEP_ALLOWANCE_S)
+            await self.checkpoints.recover()
             self.apply(found.recovered)
             self.lease.beat()
             watch.lap("rebuild")

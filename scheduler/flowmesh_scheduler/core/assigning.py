@@ -8,6 +8,7 @@ from heapq import heappush
 from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import Assignment, Item, Located
 from flowmesh_scheduler.core import fairness
+from flowmesh_scheduler.core.checkpoints import located_for
 from flowmesh_scheduler.core.commands import Assign
 from flowmesh_scheduler.core.devices import device_class
 from flowmesh_scheduler.core.folding import fold
@@ -71,6 +72,8 @@ def assign(
         is_cold=bool(head.model) and head.model not in node.cached,
     )
     hand_over(state, node, outstanding)
+    if state.checkpoints and any(item.checkpoint is not None for item in items):
+        outstanding.items = 0  # what is left of a training tells nothing about what the whole costs
     if head.model:
         node.cached.add(head.model)
         if outstanding.executor == "engine":
@@ -92,6 +95,7 @@ def _begin(state: State, work: Work, assignment: str, node: str, factor: float, 
 
 
 def _item(state: State, work: Work, assignment: str, node: str, factor: float, now_us: int, out: Outbox) -> Item:
+    checkpoint = located_for(state, work) if state.checkpoints else None
     work.attempts += 1
     work.issue(assignment, work.attempts, node)
     if work.state is WorkState.ASSIGNED:
@@ -106,6 +110,7 @@ def _item(state: State, work: Work, assignment: str, node: str, factor: float, n
         operator.params,
         _located(state, inputs) if inputs else {},
         operator.name,
+        checkpoint,
     )
 
 

@@ -64,6 +64,7 @@ def check(state: State) -> None:
     _check_idle(state)
     _check_shares(state)
     _check_places(state)
+    _check_checkpoints(state)
 
 
 def _check_run(state: State, run: Run) -> None:
@@ -356,6 +357,20 @@ def _check_shares(state: State) -> None:
         expected = (waiting[tenant], running[tenant], slots[tenant], runs[tenant], operators[tenant])
         assert found == expected, f"the account of {tenant} is {found}, not {expected}"
     assert state.shares.slots == sum(bool(o.running) for o in state.assignments.values())
+
+
+def _check_checkpoints(state: State) -> None:
+    """Assert what holds of checkpoints.
+
+    Invariant: each is of its key, by an attempt that was issued, and between the first and the last step.
+    Invariant: what is not wanted now is timed.
+    """
+    for key, known in state.checkpoints.items():
+        made = known.made
+        assert made.key == key
+        assert made.attempt > 0
+        assert 0 < made.step < made.steps
+        assert known.idle_since_us <= state.now_us
 
 
 def _check_places(state: State) -> None:

@@ -92,6 +92,13 @@ class EndRun:
 
 
 @dataclass(frozen=True, slots=True)
+class DropCheckpoint:
+    """Remove the pointer to an operator's checkpoint and what the hub holds for it: nobody will go on from it."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """Tell whoever watches a run what changed: (index, state, node, reason, shared)."""
 
@@ -101,4 +108,17 @@ class Change:
     counts: Mapping[str, int]
 
 
-Command = Accept | Assign | CommitResults | Tell | Release | Locate | Keep | RecordCancel | RecordHealth | EndRun | Change
+Command = (
+    Accept
+    | Assign
+    | CommitResults
+    | Tell
+    | Release
+    | Locate
+    | Keep
+    | RecordCancel
+    | RecordHealth
+    | EndRun
+    | Change
+    | DropCheckpoint
+)

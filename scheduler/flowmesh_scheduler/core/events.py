@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
-from flowmesh_mesh.messages import Assignment, Beat, Done, NodeHealth, NodeRecord
+from flowmesh_mesh.messages import Assignment, Beat, Checkpoint, Done, NodeHealth, NodeRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,14 @@ class GivenUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """The mesh holds a checkpoint apart from the node that made it, and the pointer to it is written."""
+
+    checkpoint: Checkpoint
+    is_at_hub: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -187,5 +195,6 @@ Event = (
     | Recovered
     | Reinstated
     | GivenUp
+    | Checkpointed
     | Tick
 )

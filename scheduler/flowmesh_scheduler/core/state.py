@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from flowmesh_mesh.manifest import Acceptance, Manifest, Operator, Ref, Resources, RunEnd
-from flowmesh_mesh.messages import NodeRecord
+from flowmesh_mesh.messages import Checkpoint, NodeRecord
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core.classes import Fleet, NodeClass
 from flowmesh_scheduler.core.costs import CostClass, Costs, Size
@@ -329,6 +329,14 @@ class Outstanding:
 
 
 @dataclass(slots=True, eq=False)
+class KeptCheckpoint:
+    """From where the next attempt at an operator goes on; ``idle_since_us`` is when nothing wanted it any more, 0 while it is."""
+
+    made: Checkpoint
+    idle_since_us: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class TakenBack:
     """An assignment that its node may still be working on although it was taken back: the node was silent, not dead."""
 
@@ -361,6 +369,7 @@ class State:
     nodes: dict[str, Node] = field(default_factory=dict)
     assignments: dict[str, Outstanding] = field(default_factory=dict)
     taken_back: dict[str, TakenBack] = field(default_factory=dict)
+    checkpoints: dict[bytes, KeptCheckpoint] = field(default_factory=dict)
     places: dict[bytes, set[str]] = field(default_factory=dict)
     locating: dict[bytes, list[Work]] = field(default_factory=dict)
     shares: Shares = field(default_factory=Shares)

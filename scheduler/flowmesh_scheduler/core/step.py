@@ -7,6 +7,7 @@ from typing import Any
 
 from flowmesh_scheduler.core import (
     canaries,
+    checkpoints,
     ending,
     fairness,
     health,
@@ -22,6 +23,7 @@ from flowmesh_scheduler.core.commands import Command
 from flowmesh_scheduler.core.events import (
     BeatReceived,
     CancelRequested,
+    Checkpointed,
     Committed,
     CordonRequested,
     CutOff,
@@ -96,6 +98,7 @@ def _on_tick(state: State, event: Tick, now_us: int, out: Outbox) -> None:
     membership.watch_leases(state, now_us, out)
     health.watch(state, now_us, out)
     ending.watch_deadlines(state, now_us, out)
+    checkpoints.drop_idle(state, now_us, out)
 
 
 def _on_cut_off(state: State, event: CutOff, now_us: int, out: Outbox) -> None:
@@ -132,5 +135,6 @@ _HANDLERS: dict[type, Callable[[State, Any, int, Outbox], None]] = {
     Recovered: recovery.on_recovered,
     Reinstated: reinstating.on_reinstated,
     GivenUp: reinstating.on_given_up,
+    Checkpointed: lambda state, event, now, out: checkpoints.on_checkpointed(state, event),
     Tick: _on_tick,
 }

@@ -120,6 +120,8 @@ class Story(Desk):
                 return f"change of {command.tenant}/{command.run}: {told}"
             case c.RecordHealth():
                 return f"record that {command.health.node} is {command.health.state}: {command.health.reason}"
+            case c.DropCheckpoint():
+                return f"drop the checkpoint of {self._name(command.key)}"
 
     def _inputs(self, item: Item) -> str:
         parts = [f"{self.labels[x.ref.cid]} from {', '.join(x.holders)}" for refs in item.inputs.values() for x in refs]

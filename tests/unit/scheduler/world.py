@@ -19,12 +19,13 @@ from tests.unit.scheduler.flows import SECOND, manifest_cid, node_record, result
 from tests.unit.scheduler.tails import Tails
 
 from flowmesh_cas.cid import RAW, cid_of
-from flowmesh_mesh.manifest import Acceptance, Manifest, Metered, ResultRecord, RunEnd, decode_record, record_cid
-from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Done, Item, NodeHealth, NodeRecord, Outcome
+from flowmesh_mesh.manifest import Acceptance, Manifest, Metered, Ref, ResultRecord, RunEnd, decode_record, record_cid
+from flowmesh_mesh.messages import Abort, Assignment, Beat, Checkpoint, Commit, Done, Item, NodeHealth, NodeRecord, Outcome
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.check import Memory, check
+from flowmesh_scheduler.core.checkpoints import order_of, refusal
 from flowmesh_scheduler.core.settings import Settings
 from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.core.step import step
@@ -89,6 +90,42 @@ class SimNode:
         return self.is_alive and self.is_connected
 
 
+class Checkpoints:
+    """What nodes have come to, drawn apart from everything else; and what must hold of where attempts go on."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(f"checkpoints {seed}")
+        self.steps: dict[tuple[str, bytes], int] = {}
+        self.pointed: dict[bytes, Checkpoint] = {}
+        self.taking: set[bytes] = set()
+        self.resumed = 0
+
+    def make(self, node: str, assignment: Assignment, item: Item) -> Checkpoint | None:
+        """Let an item come a few steps further than where it began; some of these it tells."""
+        pair = (assignment.id, item.key)
+        began_at = self.pointed[item.checkpoint.ref.cid].step if item.checkpoint is not None else 0
+        step = self.steps[pair] = self.steps.get(pair, began_at) + self.random.randrange(1, 5)
+        if step >= 100 or self.random.random() < 0.3:
+            return None
+        root = cid_of(RAW, f"{item.key.hex()} {item.generation} {item.attempt} {step}".encode())
+        at = Ref("folder", root, root[4:], 10)
+        return Checkpoint(node, assignment.id, assignment.epoch, item.key, item.generation, item.attempt, step, 100, at)
+
+    def check_forward(self, former: Checkpoint | None, made: Checkpoint) -> None:
+        """Assert that a pointer moves forward only."""
+        self.pointed[made.at.cid] = made
+        assert former is None or order_of(former) <= order_of(made), f"{former} was followed by {made}"
+
+    def check_given(self, assignment: Assignment) -> None:
+        """Assert that an attempt goes on from what was pointed to, of an earlier attempt at the same key and generation."""
+        for item in assignment.items:
+            if item.checkpoint is not None:
+                self.resumed += 1
+                made = self.pointed[item.checkpoint.ref.cid]
+                assert (made.key, made.generation) == (item.key, item.generation)
+                assert made.attempt < item.attempt
+
+
 @dataclass
 class Request:
     """A run that a client wants: submitted until it is accepted."""
@@ -119,6 +156,8 @@ class World:
         self.cancelled: dict[Pair, str] = {}
         self.ended: dict[Pair, RunEnd] = {}
         self.stream: dict[str, Assignment] = {}
+        self.pointers: dict[bytes, Checkpoint] = {}
+        self.checkpoints = Checkpoints(seed)
         self.given: dict[str, str] = {}
         self.node_records: dict[str, NodeRecord] = {}
         self.hub: set[bytes] = set()
@@ -242,6 +281,9 @@ class World:
         for known in self.node_records.values():
             if known.state != "left":
                 self.apply(e.NodeJoined(known))
+        self.checkpoints.taking.clear()
+        for pointer in self.pointers.values():
+            self.apply(e.Checkpointed(pointer))
         self.views = {}
         self.apply(e.Recovered(results, live, ended, list(self.stream.values()), list(self.health.values())))
 
@@ -293,6 +335,8 @@ class World:
             self._soon(lambda: self.health.__setitem__(health.node, health))
         elif isinstance(command, c.EndRun):
             write(lambda: self._store_end(command, state))
+        elif isinstance(command, c.DropCheckpoint):
+            write(lambda: self._drop_checkpoint(command.key))
         else:
             view = self.views.setdefault((command.tenant, command.run), {})
             view.update({index: word for index, word, *_ in command.changes})
@@ -301,6 +345,7 @@ class World:
         self._soon(lambda: self.apply(event) if self.state is state else None)
 
     def _store_assignment(self, assignment: Assignment) -> None:
+        self.checkpoints.check_given(assignment)
         self.stream[assignment.id] = assignment
         self.given[assignment.id] = assignment.node
         self._deliver(assignment)
@@ -407,6 +452,38 @@ class World:
             held = tuple(dict.fromkeys([*node.held, *node.spool]))
             beat = Beat(node.name, self.now_us, self.epoch, held, resident=node.resident)
             self._to_leader(lambda: e.BeatReceived(beat) if node.is_there else None)
+
+        for assignment in node.held.values():
+            for item in node.left.get(assignment.id, {}).values():
+                if made := self.checkpoints.make(node.name, assignment, item):
+                    self._soon(partial(self._take_checkpoint, made))
+
+    def _drop_checkpoint(self, key: bytes) -> None:
+        self.pointers.pop(key, None)
+
+    def _take_checkpoint(self, made: Checkpoint) -> None:
+        """Do what the leader's service does: one at a time for each key, and only what the core does not refuse."""
+        state = self.state
+        if state is None or self.is_cut_off or made.key in self.checkpoints.taking or refusal(state, made):
+            return
+        self.checkpoints.taking.add(made.key)
+
+        def write() -> None:
+            if self.state is not state:
+                return
+            if refusal(state, made):
+                self.checkpoints.taking.discard(made.key)
+                return
+            self.checkpoints.check_forward(self.pointers.get(made.key), made)
+            self.pointers[made.key] = made
+            self._soon(written)
+
+        def written() -> None:
+            if self.state is state:
+                self.checkpoints.taking.discard(made.key)
+                self.apply(e.Checkpointed(made))
+
+        self._soon(write)
 
     def _deliver(self, assignment: Assignment) -> None:
         self._soon(lambda: self._receive(self.nodes[assignment.node], assignment))
