@@ -81,7 +81,9 @@ def _status(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]
     return {
         "mesh": leader.config.mesh,
         "version": __version__,
-        "leader": {"id": leader.name, "epoch": state.epoch, "since_us": leader.since_us},
+        "leader": {"id": leader.name, "epoch": state.epoch, "since_us": leader.since_us, "cut_off": leader.is_cut_off},
+        "takeover": leader.report.plain(),
+        "schedulers": leader.presence.rows(),
         "nodes": _nodes(leader, tenant, args),
         "queues": counts,
         "runs": {"active": sum(r.end is None for r in state.runs.values()), "ended": len(state.ended)},

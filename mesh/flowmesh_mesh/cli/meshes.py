@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,8 @@ def status(
     age = f", for {span(max(0, time.time_ns() // 1000 - since))}" if since else ""
     print(clean(f"mesh       {found.get('mesh', '')}"))
     print(clean(f"leader     {leader.get('id', 'none')}, epoch {leader.get('epoch', '-')}{age}"))
+    for line in _takeover(found):
+        print(clean(line))
     print(f"queues     {counts_text(found.get('queues')) or 'empty'}")
     print(f"runs       {counts_text(found.get('runs')) or 'none'}")
     totals = found.get("totals") or {}
@@ -48,6 +51,22 @@ def status(
         print_table(_TENANT_COLUMNS, map(_tenant_row, found.get("tenants") or []))
     else:
         _print_nodes(found.get("nodes") or [])
+
+
+def _takeover(found: dict[str, Any]) -> Iterator[str]:
+    """Yield who stands by, and how the leader came to lead."""
+    others = [row for row in found.get("schedulers") or [] if row["scheduler"] != (found.get("leader") or {}).get("id")]
+    for number, row in enumerate(others):
+        told = f"{row['scheduler']}, {row['role']}, up {span(1e6 * row['up_s'])}, {size(row['memory_bytes'])}, {row['version']}"
+        told += f", seen {span(1e6 * row['seen_ago_s'])} ago" if row["role"] == "silent" else ""
+        told += "" if row["same_secret"] else ", has another secret"
+        told += f", {row['refused_writes']} writes refused when it was deposed" if row["refused_writes"] else ""
+        yield f"{'' if number else 'standby':<11}{told}"
+    takeover = found.get("takeover") or {}
+    if takeover.get("from"):
+        silent = f", {takeover['silent_s']:.2f} s after its last sign" if takeover.get("silent_s") is not None else ""
+        what = f"{takeover['runs']} runs, {takeover['operators']} operators, {takeover['assignments']} assignments"
+        yield f"took over  from {takeover['from']} ({takeover['why']}){silent}; {what} in {takeover['took_s']:.2f} s"
 
 
 def nodes(as_json: AsJson = False, context: ContextOption = None, tenant: TenantOption = None) -> None:
