@@ -1,1 +1,1 @@
-"""Chaos: a mesh of real processes under work and faults, and a checker of everything that was seen of it (docs/fault-report.md)."""
+"""Chaos: a mesh of real processes under work and faults, and a checker of all that was seen (docs/fault-report.md)."""

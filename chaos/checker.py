@@ -3,16 +3,16 @@
 Five kinds, each a promise of the README that would be broken:
 
 - *lost* (P1): a run that was accepted has no end in the ledger, or an end without a reason or an actor;
-- *doubled* (P2): two results under one key and generation, two ends of one run, an effect that took place more often than attempts
-  explain;
+- *doubled* (P2): two results under one key and generation, two ends of one run, an effect that took place more often than
+  attempts explain;
 - *stale* (P3): a write of a deposed leader was stored after the epoch record of its successor, or a node began work of an epoch
   below one that it had seen;
-- *wrong* (P7): a run told to have succeeded whose results cannot be had or are not what they must be, a failure that nothing explains,
-  a cancelled run that nobody cancelled, or two different ends told of one run;
+- *wrong* (P7): a run told to have succeeded whose results cannot be had or are not what they must be, a failure that nothing
+  explains, a cancelled run that nobody cancelled, or two different ends told of one run;
 - *died*: a process ended that nobody ended.
 
-What nobody can know (a submission whose answer was lost) is counted as unknown, not as a violation: but once the ledger shows that it
-was accepted, it must end like any other.
+What nobody can know (a submission whose answer was lost) is counted as unknown, not as a violation: but once the ledger shows
+that it was accepted, it must end like any other.
 """
 
 from __future__ import annotations
@@ -240,7 +240,9 @@ def _told_otherwise(history: History, ends: dict[str, LedgerEnd]) -> Iterator[Vi
                 yield Violation(WRONG, entry.run, f"the client was told that it is rejected; the ledger says {end.reason}")
         elif end is not None and (entry.what, entry.reason) != (state_of(end.reason), end.reason):
             yield Violation(
-                WRONG, entry.run, f"the client was told {entry.what} ({entry.reason}); the ledger says {end.reason} by {end.actor}"
+                WRONG,
+                entry.run,
+                f"the client was told {entry.what} ({entry.reason}); the ledger says {end.reason} by {end.actor}",
             )
         elif end is None:
             yield Violation(WRONG, entry.run, f"the client was told that it {entry.what}; the ledger knows no end")

@@ -2,9 +2,9 @@
 
 The model of a power loss, and no more than that: what a process wrote to its block store and did not sync may be gone. The store
 syncs a pack before its index names a block, and the index syncs each commit; so after SIGKILL everything of the pack files behind
-what the index names is overwritten with zeros or cut off (seeded), and half-written temporary files are removed. Not modelled: syncs
-that the disk only claims, reordered or lost index pages, the brokers' own files (of those, three copies on machines of their own are
-the protection).
+what the index names is overwritten with zeros or cut off (seeded), and half-written temporary files are removed. Not modelled:
+syncs that the disk only claims, reordered or lost index pages, the brokers' own files (of those, three copies on machines of
+their own are the protection).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is broken, when, and for how long: a plan that the seed decides, and the hands that carry it out.
 
-A plan knows no processes, only kinds and random numbers; whom a fault hits is decided when it begins (the leader preferably, where
-a scheduler is hit), so that the same seed breaks the same things in the same order although the mesh does not run alike twice. At
-most a minority of the brokers is away at once, unless the fault is that all of them restart.
+A plan knows no processes, only kinds and random numbers; whom a fault hits is decided when it begins (the leader preferably,
+where a scheduler is hit), so that the same seed breaks the same things in the same order although the mesh does not run alike
+twice. At most a minority of the brokers is away at once, unless the fault is that all of them restart.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ class Breaker:
             return self._pause
         if kind in ("cut", "hole", "swallow", "half-open", "slow", "broker-alone"):
             return lambda names, lasts_s, source: self._network(kind, names, lasts_s, source)
-        return {"disk-full": self._disk_full, "corrupt": self._corrupt, "clock": self._clock, "power-loss": self._power_loss}[kind]
+        return {"disk-full": self._disk_full, "corrupt": self._corrupt, "clock": self._clock, "power-loss": self._power_loss}[
+            kind
+        ]
 
     async def _kill(self, names: list[str], lasts_s: float, _: random.Random) -> str:
         for name in names:

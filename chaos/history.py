@@ -34,7 +34,7 @@ class Submitted(_Entry, frozen=True, tag="submitted"):
 
 
 class Told(_Entry, frozen=True, tag="told"):
-    """What a client was told of a run: accepted, rejected, unknown (nobody knows whether it was taken), or a state that ended it."""
+    """What a client was told of a run: accepted, rejected, unknown (it may have been taken or not), or how it ended."""
 
     at_us: int
     run: str
@@ -71,8 +71,9 @@ class Executed(_Entry, frozen=True, tag="executed"):
 class Stored(_Entry, frozen=True, tag="stored"):
     """A message of a guarded stream, as the broker keeps it.
 
-    ``kind`` is epoch, result, accepted, ended, cancelled, assignment or other. ``fence`` is the sequence of the epoch record that the
-    write named (0: it named none), ``epoch`` the number that the record or assignment carries, ``digest`` that of the data.
+    ``kind`` is epoch, result, accepted, ended, cancelled, assignment or other. ``fence`` is the sequence of the epoch record
+    that the write named (0: it named none), ``epoch`` the number that the record or assignment carries, ``digest`` that of the
+    data.
     """
 
     at_us: int

@@ -1,7 +1,7 @@
 """The mesh under chaos: brokers, schedulers and nodes as real processes of the product, each with addresses of its own.
 
-What starts them is the product's own: folders and keys of ``flowmesh_deploy.layout``, brokers of ``flowmesh_deploy.broker``. Only the
-supervisor is left out: here the faults decide who runs, and every process must have its own way to the brokers
+What starts them is the product's own: folders and keys of ``flowmesh_deploy.layout``, brokers of ``flowmesh_deploy.broker``.
+Only the supervisor is left out: here the faults decide who runs, and every process must have its own way to the brokers
 (:mod:`chaos.network`), its own clock and its own disk.
 """
 

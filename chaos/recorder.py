@@ -1,4 +1,4 @@
-"""What the broker stores while everything breaks: the guarded streams, message by message, and the ledger as it stands in the end.
+"""What the broker stores while everything breaks: the guarded streams, message by message, and the ledger in the end.
 
 It has a connection of its own, past all links. Its consumers live in the broker's memory and are made anew when they are gone;
 a message that was purged before it could be read is not seen (the counts tell how many were).
@@ -99,7 +99,7 @@ class Recorder:
     async def read_ledger(self) -> None:
         """Add to the history what the ledger holds now."""
         async for message in self._bus.read_stream(subjects.LEDGER):
-            kind, tenant, run = (message.subject.removeprefix("led.").split(".", 2) + ["", ""])[:3]
+            kind, tenant, run = [*message.subject.removeprefix("led.").split(".", 2), "", ""][:3]
             if kind == "accepted":
                 self._history.add(LedgerAcceptance(tenant, run, message.seq))
             elif kind == "cancelled":

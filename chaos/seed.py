@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ async def connect_recorder(mesh: ChaosMesh) -> Bus:
 async def run_seed(seed: int, window_s: float, folder: Path, shape: Shape, faults: list[Planned] | None = None) -> Outcome:
     """Run one seed on a new mesh in ``folder``; the history stays there as ``history.jsonl``."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    os.makedirs(folder)
     began_s = time.monotonic()
     planned = plan(seed, window_s) if faults is None else faults
     history, network = History(), Network()

@@ -75,13 +75,22 @@ class Traffic:
     async def _feed(self) -> None:
         while True:
             await asyncio.sleep(self._random.expovariate(self._rate))
-            while len(self._tasks) >= OPEN_MAX:
+            while len(self._tasks) >= OPEN_MAX:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             wish = await asyncio.to_thread(self._workload.next)
             for tenant in TENANTS if wish.is_shared else [self._random.choice(TENANTS)]:
-                task = asyncio.create_task(self._live(tenant, run_id(self._random), wish))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self.begin(tenant, wish)
+
+    def begin(self, tenant: str, wish: Wish) -> None:
+        """Submit a workflow and follow it beside everything else."""
+        task = asyncio.create_task(self.live(tenant, wish))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def open_runs(self) -> int:
+        """Return how many runs are being followed."""
+        return len(self._tasks)
 
     async def stop(self) -> None:
         """Submit nothing more, and wait until every client has heard what it waits for, or has given up."""
@@ -104,11 +113,11 @@ class Traffic:
     def _tell(self, run: str, what: str, reason: str = "", actor: str = "", detail: str = "") -> None:
         self._history.add(Told(now_us(), run, what, reason, actor, detail[:300]))
 
-    async def _live(self, tenant: str, name: str, wish: Wish) -> None:
+    async def live(self, tenant: str, wish: Wish) -> None:
+        """Submit a workflow, follow it, and write down what was said."""
+        name = run_id(self._random)
         self._wishes[name] = (tenant, wish)
-        self._history.add(
-            Submitted(now_us(), tenant, name, wish.kind, wish.expected, wish.reason, wish.token, wish.operator)
-        )
+        self._history.add(Submitted(now_us(), tenant, name, wish.kind, wish.expected, wish.reason, wish.token, wish.operator))
         try:
             run = await self._clients[tenant].submit(wish.document, run=name, deadline_s=SUBMIT_S)
         except TransientError as error:
@@ -153,7 +162,9 @@ class Traffic:
                     return
         except (TransientError, NotFoundError, IntegrityError, ExecutionError, UsageError) as error:
             if is_last:
-                self._history.add(Verified(now_us(), name, False, f"cannot be had: {type(error).__name__}: {error.message}"[:300]))
+                self._history.add(
+                    Verified(now_us(), name, False, f"cannot be had: {type(error).__name__}: {error.message}"[:300])
+                )
             return
         self._right.add(name)
         self._history.add(Verified(now_us(), name, True))
@@ -198,7 +209,9 @@ class Traffic:
                 await run.close()
             for row in rows:
                 self._history.add(
-                    Reported(name, row["name"], row["state"], row.get("reason") or "", row.get("attempt") or 0, row.get("key") or "")
+                    Reported(
+                        name, row["name"], row["state"], row.get("reason") or "", row.get("attempt") or 0, row.get("key") or ""
+                    )
                 )
             self._told_end(name, results)
             if results.state == "succeeded" and name not in self._right:

@@ -84,7 +84,9 @@ class Workload:
 
     def _single(self) -> Wish:
         nonce = self._fresh()
-        return Wish("single", _document("single", {"one": _noop(nonce, bytes=64)}, {"last": "one.out"}), {"last": _value_of(nonce, 64)})
+        return Wish(
+            "single", _document("single", {"one": _noop(nonce, bytes=64)}, {"last": "one.out"}), {"last": _value_of(nonce, 64)}
+        )
 
     def _chain(self) -> Wish:
         length = self._random.randint(3, 12)
