@@ -36,6 +36,26 @@ class _Seeds(msgspec.Struct):
     tenants: dict[str, _TenantSeeds] = {}
 
 
+class BrokerClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Operator and accounts as a broker is told of them: signed, public."""
+
+    operator: str
+    system_account: str
+    accounts: dict[str, str]
+    """Public key of an account -> its claims."""
+
+    def config(self, resolver: Path) -> str:
+        """Return the part of the broker's configuration that names them; ``resolver`` is where the broker keeps accounts."""
+        preload = "\n".join(f'  {account}: "{jwt}"' for account, jwt in self.accounts.items())
+        folder = msgspec.json.encode(str(resolver)).decode()
+        return (
+            f'operator: "{self.operator}"\n'
+            f"system_account: {self.system_account}\n"
+            f'resolver {{ type: full, dir: {folder}, allow_delete: true, interval: "2m" }}\n'
+            f"resolver_preload: {{\n{preload}\n}}\n"
+        )
+
+
 class Keyring:
     """Operator, accounts and the signing key of each role. Seeds stay in ``path``; only what is signed leaves."""
 
@@ -54,22 +74,33 @@ class Keyring:
         """Read the keys, or make them when there are none; raise IntegrityError when the file is damaged."""
         if path.exists():
             try:
-                return cls(path, msgspec.json.decode(path.read_bytes(), type=_Seeds))
+                found = cls(path, msgspec.json.decode(path.read_bytes(), type=_Seeds))
+                found._add_roles()
+                return found
             except (msgspec.DecodeError, UsageError) as error:
                 raise IntegrityError(
                     f"the keys in {path} are damaged: {error}", hint="Restore the file, or begin anew in another folder."
                 ) from error
-        signing = [role.name for role in roles.ROLES if role.account != "tenant"]
         seeds = _Seeds(
             mesh=check_name(mesh, "mesh"),
             operator=Key.new(OPERATOR).seed,
             system_account=Key.new(ACCOUNT).seed,
             mesh_account=Key.new(ACCOUNT).seed,
-            roles={name: Key.new(ACCOUNT).seed for name in signing},
+            roles={},
         )
         keyring = cls(path, seeds)
-        keyring._save()
+        keyring._add_roles()
         return keyring
+
+    def _add_roles(self) -> None:
+        """Make signing keys for roles that have none: those of a later release have none in the file of an earlier one."""
+        fresh = [role.name for role in roles.ROLES if role.account != "tenant" and role.name not in self._roles]
+        for name in fresh:
+            key = Key.new(ACCOUNT)
+            self._seeds.roles[name] = key.seed
+            self._roles[name] = key
+        if fresh:
+            self._save()
 
     def _save(self) -> None:
         write_secret(self._path, msgspec.json.format(msgspec.json.encode(self._seeds), indent=2).decode() + "\n")
@@ -110,6 +141,10 @@ class Keyring:
         """Return new credentials that may hand accounts to the broker."""
         return issue(self._roles["registrar"], "registrar", self.system_account)
 
+    def inspector(self) -> Credentials:
+        """Return new credentials that may ask the brokers how they are."""
+        return issue(self._roles["inspector"], "inspector", self.system_account)
+
     def client(self, tenant: str) -> Credentials:
         """Return new credentials of a tenant's client."""
         account, key = self._tenants[tenant]
@@ -131,8 +166,8 @@ class Keyring:
             scope(self._roles[role.name].public_key, role.name, role.template) for role in roles.ROLES if role.account == account
         ]
 
-    def broker_config(self, resolver: Path) -> str:
-        """Return the part of the broker's configuration that names operator and accounts; it holds no secret."""
+    def claims(self) -> BrokerClaims:
+        """Return what every broker of the mesh must know; it holds no secret."""
         accounts = {
             self.system_account: account_jwt(self._operator, self.system_account, "system", scopes=self._scopes("system")),
             self.mesh_account: account_jwt(
@@ -145,11 +180,8 @@ class Keyring:
             ),
             **{account: self.tenant_jwt(name) for name, account in self.tenants.items()},
         }
-        preload = "\n".join(f'  {account}: "{jwt}"' for account, jwt in accounts.items())
-        folder = msgspec.json.encode(str(resolver)).decode()
-        return (
-            f'operator: "{operator_jwt(self._operator, self.mesh, self.system_account)}"\n'
-            f"system_account: {self.system_account}\n"
-            f'resolver {{ type: full, dir: {folder}, allow_delete: true, interval: "2m" }}\n'
-            f"resolver_preload: {{\n{preload}\n}}\n"
-        )
+        return BrokerClaims(operator_jwt(self._operator, self.mesh, self.system_account), self.system_account, accounts)
+
+    def broker_config(self, resolver: Path) -> str:
+        """Return the part of the broker's configuration that names operator and accounts; it holds no secret."""
+        return self.claims().config(resolver)

@@ -50,6 +50,7 @@ class Layout:
         self.scheduler = self.folder / "scheduler.json"
         self.keys = self.folder / "keys" / "keyring.json"
         self.credentials = self.folder / "credentials"
+        self.inspector = self.credentials / "inspector.creds"
         self.security = self.folder / "broker" / "security.conf"
         self.broker = self.folder / "broker"
         self.nodes = self.folder / "nodes"
@@ -151,6 +152,11 @@ def prepare(
     if name:
         check_name(name, "mesh")
     desired = read_json(layout.desired)
+    if not desired and (layout.folder / "broker.json").exists():
+        raise UsageError(
+            f"{layout.folder} is the folder of a broker of its own",
+            hint="Run it with `flowmesh broker run`, or name another folder with --dir.",
+        )
     counts = _counts(desired, brokers, schedulers, is_up=is_up)
     _make_folder(layout)
     mesh = str(desired.get("mesh") or name or _mesh_name(layout.folder))
@@ -272,10 +278,10 @@ def _write_credentials(layout: Layout, keyring: Keyring, nodes: list[str]) -> No
     """Write what is missing: credentials of scheduler, watcher and tenants, a join file per node, scheduler and context files."""
     known = read_json(layout.context).get("urls", [])
     scheduler, watcher = layout.credentials / "scheduler.creds", layout.credentials / "watcher.creds"
-    if not scheduler.exists():
-        keyring.scheduler().save(scheduler)
-    if not watcher.exists():
-        keyring.watcher().save(watcher)
+    made = {scheduler: keyring.scheduler, watcher: keyring.watcher, layout.inspector: keyring.inspector}
+    for path, make in made.items():
+        if not path.exists():
+            make().save(path)
     tenants = {}
     for tenant, account in keyring.tenants.items():
         path = layout.credentials / "tenants" / f"{tenant}.creds"

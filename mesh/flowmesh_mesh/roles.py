@@ -17,7 +17,7 @@ from flowmesh_mesh.names import check_name
 NAME = "{{name()}}"
 _OWN_INBOX = f"_INBOX_{NAME}.>"
 
-RESERVED_NODE_NAMES = frozenset({subjects.HUB, "all", "scheduler", "schedulers", "watcher", "registrar"})
+RESERVED_NODE_NAMES = frozenset({subjects.HUB, "all", "scheduler", "schedulers", "watcher", "registrar", "inspector"})
 
 BLOCK_RESPONSES = 1024
 """Messages that a node may send to one reply subject: an answer may come in parts."""
@@ -90,6 +90,14 @@ REGISTRAR = Role(
     purpose="Hand the broker new or changed accounts; used by `flowmesh up` alone.",
 )
 
+INSPECTOR = Role(
+    "inspector",
+    "system",
+    publish=("$SYS.REQ.SERVER.PING.VARZ", "$SYS.REQ.SERVER.PING.HEALTHZ", "$SYS.REQ.SERVER.PING.JSZ"),
+    subscribe=(_OWN_INBOX,),
+    purpose="Ask the brokers how they are set up and how they are; used by `flowmesh doctor` alone.",
+)
+
 CLIENT = Role(
     "client",
     "tenant",
@@ -104,7 +112,7 @@ CLIENT = Role(
     purpose="Submit, cancel, ask, put and get content, follow runs: of its own tenant only.",
 )
 
-ROLES = (SCHEDULER, NODE, CLIENT, WATCHER, REGISTRAR)
+ROLES = (SCHEDULER, NODE, CLIENT, WATCHER, REGISTRAR, INSPECTOR)
 
 _SERVICES = (
     (subjects.TENANT_SUBMIT, subjects.submit),

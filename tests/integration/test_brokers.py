@@ -275,6 +275,7 @@ async def test_client_node_and_scheduler_go_on_when_their_broker_is_killed(tmp_p
     ):
         await finish(client, {"a": noop(1)})
         bus = client._bus
+        assert bus is not None
         leaders = {name: connected_to(mesh.process(name)["pid"]) for name in mesh.process_names("scheduler")}
         lost = next(name for name in mesh.process_names("broker") if port_of(mesh.broker_url(name)) in leaders["scheduler"])
         port = port_of(mesh.broker_url(lost))

@@ -375,7 +375,7 @@ async def test_a_tenant_is_added_to_a_running_broker(broker: MeshBroker) -> None
     with pytest.raises((CredentialsRefusedError, TransientError)):
         await broker.client("team-c", deadline_s=1)
     layout = Layout(broker.folder)
-    write_json(layout.state, {"url": broker.url})
+    write_json(layout.state, {"urls": [broker.url]})
     await register_tenants(layout, broker.keyring, ["team-c"])
     assert await (await broker.client("team-c")).request(subjects.TENANT_ASK, b"") == b"hello"
 

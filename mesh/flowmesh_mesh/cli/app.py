@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "unquarantine": (f"{_CLI}.cordons:unquarantine", "Let an operator be tried again that took nodes with it."),
     "replay": ("", "Run a recorded event log through the scheduler's core."),
     "sim": ("", "Compare scheduling policies in a simulator, over made-up fleets and workloads."),
+    "broker": ("", "Run brokers on machines of your own: one, or a cluster of three."),
     "scheduler": ("", "Run a scheduler (leader or standby)."),
     "version": (f"{_CLI}.meshes:version", "Show versions."),
 }
