@@ -149,6 +149,7 @@ class Agent:
             self.inputs,
             runner,
             self._note_change,
+            life=self.started_at_us,
         )
         folder, epochs = settings.folder, self.intake.epochs
         self.keeper = await asyncio.to_thread(node_keeper, self.bulk, self.store, settings.node, folder, epochs)

@@ -47,6 +47,8 @@ class Intake:
     held: dict[str, Held] = field(default_factory=dict)
     closed: OrderedDict[str, None] = field(default_factory=OrderedDict)
     is_draining: bool = False
+    life: int = 0
+    """When this agent started, as its record says; 0: nobody asks."""
     taken: int = 0
     settled: int = 0
     tails: Tails = field(init=False)
@@ -80,6 +82,9 @@ class Intake:
             return
         if assignment.id in self.held:
             self.held[assignment.id].message = message  # it came again; the latest delivery is the one to acknowledge
+        elif self._is_of_another_life(assignment):
+            log.info("refused %s: it was given to an earlier start of this node", assignment.id)
+            self._refuse(message)
         elif assignment.id in self.closed:
             message.post_ack()
         elif not self.is_draining:
@@ -89,8 +94,18 @@ class Intake:
         """Begin an assignment that the leader is still writing to the stream: only work that may run in vain comes this way."""
         if assignment.node != self.node or self.epochs.is_stale(assignment.epoch):
             log.warning("refused %s: epoch %d of %s", assignment.id, assignment.epoch, assignment.node)
+        elif self._is_of_another_life(assignment):
+            log.info("refused %s: it was given to an earlier start of this node", assignment.id)
         elif assignment.id not in self.held and assignment.id not in self.closed and not self.is_draining:
             self._take(assignment, None)
+
+    def _is_of_another_life(self, assignment: Assignment) -> bool:
+        """Tell whether the leader gave this to an earlier start of the node: it takes that back, and another may be at it.
+
+        What that start has answered completely is still offered, so that it is not done again.
+        """
+        known = self.life and assignment.life
+        return bool(known) and assignment.life != self.life and not self.delivery.is_complete(assignment.id)
 
     def _refuse(self, message: Message) -> None:
         task = asyncio.ensure_future(message.term())
@@ -99,6 +114,7 @@ class Intake:
     def _take(self, assignment: Assignment, message: Message | None) -> None:
         self.epochs.see(assignment.epoch)
         self.taken += 1
+        log.info("took %s of epoch %d, highest %d", assignment.id, assignment.epoch, self.epochs.highest)
         held = self.held[assignment.id] = Held(assignment, message)
         if self.delivery.is_complete(assignment.id):
             held.state = "answered"  # by an earlier life of this agent; its spool is being offered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -38,7 +39,7 @@ class Delivery:
         self.settled: list[str] = []
 
     def is_complete(self, assignment: str) -> bool:
-        return False
+        return assignment == "answered"
 
     def settle(self, assignment: str) -> None:
         self.settled.append(assignment)
@@ -67,13 +68,13 @@ class Stored:
 
     def __init__(self, assignment: Assignment) -> None:
         self.data = encode(assignment)
-        self.is_acked = False
+        self.is_acked = self.is_refused = False
 
     def post_ack(self) -> None:
         self.is_acked = True
 
     async def term(self) -> None:
-        return None
+        self.is_refused = True
 
 
 @pytest.fixture
@@ -82,8 +83,8 @@ def intake() -> Intake:
     return Intake("n", ("flow.noop",), *cast(Any, parts))
 
 
-def assignment(epoch: int = 5, name: str = "a") -> Assignment:
-    return Assignment(epoch, name, "n", "flow.noop", 1, "flow.noop@1", (Item(b"k" * 32, 0, 1, {"nonce": 1}, {}),))
+def assignment(epoch: int = 5, name: str = "a", life: int = 0) -> Assignment:
+    return Assignment(epoch, name, "n", "flow.noop", 1, "flow.noop@1", (Item(b"k" * 32, 0, 1, {"nonce": 1}, {}),), life=life)
 
 
 def receive(intake: Intake, copy: Stored) -> None:
@@ -117,6 +118,24 @@ async def test_an_assignment_of_a_deposed_leader_is_not_begun(intake: Intake) ->
     intake.hear(assignment(epoch=7, name="new"))
     intake.hear(assignment(epoch=6, name="old"))
     assert ran(intake) == ["new"]
+
+
+async def test_what_was_given_to_an_earlier_start_of_the_node_is_refused(intake: Intake) -> None:
+    intake.life = 2
+    copy = Stored(assignment(name="old", life=1))
+    receive(intake, copy)
+    intake.hear(assignment(name="heard", life=1))
+    intake.hear(assignment(name="new", life=2))
+    await asyncio.sleep(0)
+    assert ran(intake) == ["new"]
+    assert copy.is_refused
+
+
+async def test_what_an_earlier_start_has_answered_is_held_until_the_leader_settles_it(intake: Intake) -> None:
+    intake.life = 2
+    receive(intake, Stored(assignment(name="answered", life=1)))
+    assert intake.held["answered"].state == "answered"
+    assert ran(intake) == []
 
 
 async def test_a_node_tells_what_waits_from_what_runs(intake: Intake) -> None:
