@@ -89,9 +89,9 @@ class StreamApi(ABC):
             raise error_of(error_body, what)
         return decoded
 
-    async def last_message(self, stream: str, subject: str) -> StoredMessage | None:
+    async def last_message(self, stream: str, subject: str, *, timeout_s: float = 5.0) -> StoredMessage | None:
         """Return the last message of ``subject`` as the stream's leader knows it; None when there is none."""
-        return await self._read(stream, {"last_by_subj": subject})
+        return await self._read(stream, {"last_by_subj": subject}, timeout_s)
 
     async def message(self, stream: str, seq: int) -> StoredMessage | None:
         """Return the message with sequence ``seq`` as the stream's leader knows it; None when there is none."""
@@ -101,9 +101,9 @@ class StreamApi(ABC):
         """Return the first message at or after ``from_seq`` whose subject matches, by the leader; None when there is none."""
         return await self._read(stream, {"seq": max(1, from_seq), "next_by_subj": subject_filter})
 
-    async def _read(self, stream: str, query: dict[str, Any]) -> StoredMessage | None:
+    async def _read(self, stream: str, query: dict[str, Any], timeout_s: float = 5.0) -> StoredMessage | None:
         try:
-            found = await self._api(f"STREAM.MSG.GET.{stream}", query, _Message, f"reading {stream}")
+            found = await self._api(f"STREAM.MSG.GET.{stream}", query, _Message, f"reading {stream}", timeout_s)
         except NotFoundError as error:
             if "no message found" in error.message:
                 return None

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from flowmesh_cas.errors import FencedError, FlowmeshError, InternalError, TransientError
@@ -27,6 +28,9 @@ BATCH_MAX_BYTES = 4 * 1024 * 1024
 
 PATIENCE_S = 20.0
 """Brokers that elect a new leader of a stream take up to nine seconds: a take-over waits for them."""
+
+TRY_S = 2.0
+"""A broker that does not answer within this is asked again: while brokers elect, nobody may hear."""
 
 _PAUSE_S = 0.01
 _PAUSE_MAX_S = 0.5
@@ -51,6 +55,14 @@ async def patiently(work: Callable[[], Awaitable[T]], patience_s: float = PATIEN
         pause_s = min(_PAUSE_MAX_S, 2 * pause_s)
 
 
+Noted = Callable[[str, int, bytes], None]
+
+
+def _noted(noted: Noted, subject: str, data: bytes, then: Callable[[int], None], sequence: int) -> None:
+    noted(subject, sequence, data)
+    then(sequence)
+
+
 class GuardedStream:
     """One guarded stream under the epoch that this leader raised."""
 
@@ -67,6 +79,8 @@ class GuardedStream:
         self.epoch = 0
         self.refused = 0
         """How many writes the broker has refused because another leads."""
+        self.noted: Noted | None = None
+        """Told each write (subject, sequence, data) once it is durable: a journal."""
         self._bus = bus
         self._stream = stream
         self._epochs = epochs
@@ -101,7 +115,7 @@ class GuardedStream:
         return await patiently(once)
 
     async def _raise_epoch(self, at_least: int, leader: str, lease: int, at_us: int) -> int:
-        last = await self._bus.last_message(self._stream, self._epochs)
+        last = await self._bus.last_message(self._stream, self._epochs, timeout_s=TRY_S)
         known = decode(last.data, Epoch) if last is not None else None
         if last is not None and known is not None and (known.leader, known.lease, known.at_us) == (leader, lease, at_us):
             self.epoch, self._fence = known.epoch, Expect(last.seq, self._epochs)  # the answer to an earlier try was lost
@@ -118,14 +132,14 @@ class GuardedStream:
 
     async def is_current(self) -> bool:
         """Tell whether nobody has raised the epoch since."""
-        last = await self._bus.last_message(self._stream, self._epochs)
+        last = await self._bus.last_message(self._stream, self._epochs, timeout_s=TRY_S)
         return last is not None and last.seq == self.fence_sequence
 
     # --- writes
 
     def write(self, subject: str, data: bytes, then: Callable[[int], None] = lambda _: None) -> None:
         """Queue a write; ``then`` is told its sequence once it is durable. It leaves with :meth:`flush`, or a moment later."""
-        self._queue.append((subject, data, then))
+        self._queue.append((subject, data, then if self.noted is None else partial(_noted, self.noted, subject, data, then)))
         if not self._is_woken:
             self._is_woken = True
             self._loop.call_soon(self.flush)
@@ -199,7 +213,7 @@ class GuardedStream:
         while not self._is_closed:
             try:
                 last = await self._found(batch[-1]) if is_unknown else None
-                sequence = last.seq if last is not None else await self._bus.store_batch(messages, expect=self._fence)
+                sequence = last.seq if last is not None else await self._bus.store_batch(messages, expect=self._fence, timeout_s=TRY_S)
             except AlreadyStoredError:  # some of it is stored: settle each by itself
                 for write in batch:
                     await self._store(write, is_unknown=True)
@@ -265,7 +279,7 @@ class GuardedStream:
 
     async def _found(self, write: Write) -> StoredMessage | None:
         """Return the message if it is stored as it was to be written."""
-        found = await self._bus.last_message(self._stream, write[0])
+        found = await self._bus.last_message(self._stream, write[0], timeout_s=TRY_S)
         return found if found is not None and found.data == write[1] else None
 
     # --- the end

@@ -27,7 +27,12 @@ from flowmesh_mesh.messages import Lease, decode, encode
 log = logging.getLogger("flowmesh.scheduler")
 
 LEASE_S = 2.5
-"""How long a lease lasts without being renewed. The broker ends it by whole seconds and late; standbys count themselves."""
+"""How long a lease lasts without being renewed; standbys count it themselves."""
+
+BROKER_LEASE_S = 3.0
+"""When the broker forgets a lease that is not renewed: it counts whole seconds, and is a little late."""
+
+LOOK_TIMEOUT_S = 1.0
 
 RENEW_S = 0.5
 STUCK_S = 10.0
@@ -59,7 +64,7 @@ class Change(Enum):
 
 async def look(bus: Bus) -> Sight:
     """Return who has the lease now; raise NotFoundError when its stream is gone."""
-    return _sight(await bus.last_message(subjects.LEASE_STREAM, subjects.LEASE_SUBJECT))
+    return _sight(await bus.last_message(subjects.LEASE_STREAM, subjects.LEASE_SUBJECT, timeout_s=LOOK_TIMEOUT_S))
 
 
 def _sight(last: StoredMessage | None) -> Sight:
@@ -114,7 +119,7 @@ class SchedulerLease:
     async def _put(self, bus: Bus, seq: int) -> None:
         began_s = monotonic_s()
         record = encode(Lease(self.leader, now_us(), life=self.life, secret=self.secret))
-        self.revision = await bus.store(subjects.LEASE_SUBJECT, record, expect=Expect(seq), ttl_s=LEASE_S, timeout_s=2 * RENEW_S)
+        self.revision = await bus.store(subjects.LEASE_SUBJECT, record, expect=Expect(seq), ttl_s=BROKER_LEASE_S, timeout_s=2 * RENEW_S)
         self.held_until_s = began_s + LEASE_S
 
     async def renew(self, bus: Bus) -> Change:
