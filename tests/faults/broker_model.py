@@ -6,11 +6,11 @@ It is spoken to in the broker's own protocol (PUB, HPUB, SUB, UNSUB, PING), so t
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import msgspec
 from tests.faults.streams_model import Consumer, Incoming, Kept, RefusedError, Stream, format_status
 
 from flowmesh_mesh import subjects
@@ -21,6 +21,7 @@ MAX_PAYLOAD = 2 * 1024 * 1024
 _NO_RESPONDERS = format_status(503, "")
 _TENANT_SUBJECTS = {"fm.submit", "fm.cancel", "fm.ask", "fm.put", "fm.get"}
 _API = "$JS.API."
+_encode = msgspec.json.Encoder().encode
 
 Frame = tuple[int, bytes, bytes, bytes, bytes | None]
 """Number of the subscription, subject, reply, data and raw headers; number 0 is a PONG."""
@@ -122,6 +123,7 @@ class BrokerModel:
         self._interest = _Interest()
         self.is_up = True
         self.mesh_account = ""
+        self.system_account = ""
         self.leaderless_until_s: dict[str, float] = {}
         """Streams whose replicas elect a leader: they answer nobody, then with an error."""
         self.lose_answers = 0
@@ -130,6 +132,7 @@ class BrokerModel:
         self.on_published: list[Callable[[str, bytes, Session | None], None]] = []
         self.on_wiped: list[Callable[[], None]] = []
         self._life = 0
+        self._taken_by: dict[str, str] = {}
 
     # --- connections
 
@@ -137,7 +140,7 @@ class BrokerModel:
         """Take a connection, None when the broker is down."""
         if not self.is_up:
             return None
-        tenant = account if account and account not in (self.mesh_account, "system") else ""
+        tenant = account if account and account not in (self.mesh_account, self.system_account) else ""
         session = Session(receiver, name, owner, user, account, tenant)
         self.sessions[session] = None
         self._tell_of(session, "CONNECT")
@@ -145,7 +148,7 @@ class BrokerModel:
 
     def _tell_of(self, session: Session, event: str) -> None:
         body = {"client": {"name": session.name, "user": session.user, "nkey": session.user, "acc": session.account}}
-        self.publish(None, f"$SYS.ACCOUNT.{session.account or 'G'}.{event}", "", json.dumps(body).encode(), None)
+        self.publish(None, f"$SYS.ACCOUNT.{session.account or 'G'}.{event}", "", _encode(body), None)
 
     def disconnect(self, session: Session) -> None:
         """Notice that a connection ended."""
@@ -212,16 +215,23 @@ class BrokerModel:
         tokens = subject.split(".")
         is_taken = False
         if not subject.startswith("_INBOX"):
-            for stream in self.streams.values():
-                if stream.takes(tokens):
-                    is_taken = True
-                    self._store(stream, session, subject, reply, data, raw)
-                    break
+            stream = self._stream_of(subject, tokens)
+            if stream is not None:
+                is_taken = True
+                self._store(stream, session, subject, reply, data, raw)
         for hook in self.on_published:
             hook(subject, data, session)
         is_heard = self._deliver(subject, tokens, reply, data, raw)
         if reply and not is_heard and not is_taken:
             self._reply(reply, b"", _NO_RESPONDERS)
+
+    def _stream_of(self, subject: str, tokens: list[str]) -> Stream | None:
+        if subject not in self._taken_by:
+            found = next((stream.name for stream in self.streams.values() if stream.takes(tokens)), "")
+            if len(self._taken_by) > 10_000:
+                self._taken_by.clear()
+            self._taken_by[subject] = found
+        return self.streams.get(self._taken_by[subject])
 
     def _deliver(self, subject: str, tokens: list[str], reply: str, data: bytes, raw: bytes | None) -> bool:
         found = self._interest.find(tokens)
@@ -271,7 +281,7 @@ class BrokerModel:
                 return
         if answer is None or not reply:
             return
-        body = json.dumps(answer, separators=(",", ":")).encode()
+        body = _encode(answer)
         if stream.is_replicated and "error" not in answer:
             agreed_s = self._loop.time() + self._rng.uniform(0.0003, 0.002)
             stream.note_in_flight(message, agreed_s)
@@ -306,13 +316,13 @@ class BrokerModel:
         name = words[3] if words[:2] == ["STREAM", "MSG"] else words[2]
         if self._is_leaderless(name):
             return
-        body = json.loads(data) if data else {}
+        body = msgspec.json.decode(data) if data else {}
         try:
             handler = _HANDLERS[".".join(words[:3] if words[:2] == ["STREAM", "MSG"] else words[:2])]
             answer = handler(self, name, words, body)
         except RefusedError as error:
             answer = {"error": error.body}
-        self._reply(reply, json.dumps(answer, separators=(",", ":")).encode())
+        self._reply(reply, _encode(answer))
 
     def _ask_consumer(self, stream: str, name: str, reply: str, data: bytes) -> None:
         found = self.streams.get(stream)
@@ -322,7 +332,7 @@ class BrokerModel:
         if consumer is None:
             self._reply(reply, b"", _NO_RESPONDERS)
         else:
-            consumer.ask(reply, json.loads(data) if data else {})
+            consumer.ask(reply, msgspec.json.decode(data) if data else {})
 
     def _stream(self, name: str) -> Stream:
         found = self.streams.get(name)
@@ -337,6 +347,7 @@ class BrokerModel:
         return found
 
     def _create_stream(self, name: str, _words: list[str], body: dict[str, Any]) -> dict[str, Any]:
+        self._taken_by.clear()
         found = self.streams.get(name)
         if found is None:
             found = self.streams[name] = Stream(body, self._loop.time, self._call_at)
@@ -346,11 +357,13 @@ class BrokerModel:
         return found.describe()
 
     def _update_stream(self, name: str, _words: list[str], body: dict[str, Any]) -> dict[str, Any]:
+        self._taken_by.clear()
         stream = self._stream(name)
         stream.configure(body)
         return stream.describe()
 
     def _delete_stream(self, name: str, _words: list[str], _body: dict[str, Any]) -> dict[str, Any]:
+        self._taken_by.clear()
         for consumer in self._stream(name).consumers.values():
             consumer.close("Consumer Deleted")
         del self.streams[name]
@@ -410,6 +423,7 @@ class BrokerModel:
         """Die: every connection ends, memory is gone; with the power also what was stored in the last ``unsynced_s`` seconds."""
         self.is_up = False
         self._life += 1
+        self._taken_by.clear()
         for session in list(self.sessions):
             self.hang_up(session)
         for name, stream in list(self.streams.items()):
@@ -432,6 +446,7 @@ class BrokerModel:
     def wipe(self) -> None:
         """Lose the whole store; call it while the broker is down."""
         self.streams.clear()
+        self._taken_by.clear()
         for hook in self.on_wiped:
             hook()
 

@@ -24,8 +24,8 @@ from flowmesh_mesh.credentials import Credentials
 log = logging.getLogger("flowmesh.bus")
 
 CONNECT_TIMEOUT_S = 2.0
-PATIENCE_S = (10.0, 15.0)
-"""How long each side waits for a sign of life: two unanswered pings, five seconds apart."""
+PATIENCE_S = (4.0, 6.0)
+"""How long each side waits for a sign of life of the other: two unanswered pings, two seconds apart."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,10 @@ class Network:
 
     def condition(self, owner: str) -> Condition:
         """Return the condition of a process by its name."""
-        return self.conditions.setdefault(owner, Condition())
+        found = self.conditions.get(owner)
+        if found is None:
+            found = self.conditions[owner] = Condition()
+        return found
 
     def new_name(self) -> bytes:
         """Return a name that no other connection has."""
@@ -98,6 +101,7 @@ class Link:
         self._client = client
         self._process = process
         self.owner = process.name if process is not None else ""
+        self._condition = network.condition(self.owner)
         self.session: Session | None = None
         self.is_open = True
         self._up: list[bytes] = []
@@ -108,7 +112,7 @@ class Link:
 
     @property
     def _is_stuck(self) -> bool:
-        return self._network.condition(self.owner).is_hole
+        return self._condition.is_hole
 
     def send(self, commands: list[bytes]) -> None:
         """Send towards the broker."""

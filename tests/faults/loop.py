@@ -120,58 +120,17 @@ def current_process() -> Process | None:
     return _current.get()
 
 
-class _Handle(asyncio.Handle):
-    __slots__ = ()
-    _context: contextvars.Context
-
-    def _run(self) -> None:
-        process = self._context.get(_current)
-        if process is not None and process.state is not RUNNING:
-            process.withhold(self)
-            return
-        super()._run()
-
-
-class _TimerHandle(asyncio.TimerHandle):
-    __slots__ = ()
-    _context: contextvars.Context
-
-    def _run(self) -> None:
-        process = self._context.get(_current)
-        if process is not None and process.state is not RUNNING:
-            process.withhold(self)
-            return
-        super()._run()
-
-
-class _Selector:
-    """Waits by moving the clock."""
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._loop = loop
-
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise RuntimeError("the simulation stands still: nothing is due, ever")
-        if timeout > 0:
-            self._loop.jump()
-        return []
-
-    def close(self) -> None:
-        return None
-
-
 class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop on a virtual clock. Nothing outside of the process can be waited for."""
 
     _ready: Any
-    _scheduled: list[asyncio.TimerHandle]
+    _stopping: bool
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._now_s = BEGIN_S
-        self._clock_resolution = 1e-9
-        self._selector = _Selector(self)
+        self._timers: list[tuple[float, int, Any]] = []
+        self._timer_count = 0
         self._rng = random.Random(f"{seed} disks")
         self.set_task_factory(self._make_task)
         self.failures: list[str] = []
@@ -192,26 +151,46 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now_s
 
-    def jump(self) -> None:
-        """Move the clock to the next timer."""
-        self._now_s = max(self._now_s, self._scheduled[0].when())
-
     def run_again(self, handles: list[asyncio.Handle]) -> None:
         """Run what was withheld."""
         self._ready.extend(handles)
 
-    def _call_soon(self, callback: Any, args: Any, context: contextvars.Context | None) -> asyncio.Handle:
-        handle = _Handle(callback, args, self, context)
-        self._ready.append(handle)
-        return handle
+    def forget(self) -> None:
+        """Drop everything that is still to come."""
+        self._ready.clear()
+        self._timers.clear()
+
+    def _run_once(self) -> None:
+        """Run what is ready; move the clock to the next timer when nothing is."""
+        ready, timers = self._ready, self._timers
+        if not ready and not self._stopping:
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+            if not timers:
+                raise RuntimeError("the simulation stands still: nothing is due, ever")
+            self._now_s = max(self._now_s, timers[0][0])
+        while timers and timers[0][0] <= self._now_s:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            process = handle._context.get(_current)
+            if process is not None and process.state is not RUNNING:
+                process.withhold(handle)
+            else:
+                handle._run()
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        return None
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> Any:  # type: ignore[override]
         return self.call_at(self._now_s + delay, callback, *args, context=context)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> Any:  # type: ignore[override]
-        timer = _TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._scheduled, timer)
-        timer._scheduled = True  # type: ignore[attr-defined]
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timer_count += 1
+        heapq.heappush(self._timers, (when, self._timer_count, timer))
         return timer
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
