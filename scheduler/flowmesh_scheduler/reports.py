@@ -37,6 +37,8 @@ class Reports:
         self._passed = 0
         self._keeping = asyncio.Semaphore(4)
         self._sought: set[str] = set()
+        self._early: list[tuple[str, bytes]] | None = []
+        """Reports that came before the nodes were known, as all do that nodes offer at the sight of a new epoch."""
         self.refusals = Refusals(leader)
 
     async def listen(self) -> list[Subscription | Pull]:
@@ -52,6 +54,9 @@ class Reports:
     async def catch_up(self) -> None:
         """Take the reports that came while nobody led. From now on they are taken from their subjects; what should be missed
         there, its node offers again."""
+        early, self._early = self._early or [], None
+        for subject, data in early:
+            self._take(subject, data)
         async for message in self._leader.bus.read_stream(subjects.DONE):
             self._take(message.subject, message.data)
 
@@ -121,6 +126,9 @@ class Reports:
         if done is None:
             return
         node = self._leader.state.nodes.get(done.node)
+        if node is None and self._early is not None:
+            self._early.append((subject, data))
+            return
         if subject != subjects.node_done(done.node) or node is None:
             log.warning("report on %s from an unknown node", subject)
             return
