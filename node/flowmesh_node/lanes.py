@@ -35,7 +35,8 @@ class Lane:
             await waiter.turn
         except asyncio.CancelledError:
             if waiter.turn.cancelled():
-                self._waiting.remove(waiter)
+                if waiter in self._waiting:
+                    self._waiting.remove(waiter)
             else:
                 self.leave()  # the turn came in the same moment
             raise
@@ -43,6 +44,8 @@ class Lane:
     def leave(self) -> None:
         """Give a turn back, to the next that waits."""
         self._free += 1
+        # One that was cancelled a moment ago may not have run since: it takes no turn with it.
+        self._waiting = [each for each in self._waiting if not each.turn.cancelled()]
         if self._waiting:
             self._free -= 1
             self._waiting.pop(self._next()).turn.set_result(None)

@@ -179,3 +179,17 @@ async def test_a_turn_that_comes_with_the_cancellation_goes_to_the_next() -> Non
         await tasks[0]
     await tasks[1]
     assert entered == ["holder", "next"]
+
+
+async def test_a_turn_given_back_as_the_one_who_waits_is_cancelled_is_not_lost() -> None:
+    lane = Lane(1)
+    await lane.enter(bool)
+    waiting = [asyncio.create_task(lane.enter(bool)) for _ in range(2)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    lane.leave()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert waiting[0].cancelled()
+    assert waiting[1].exception() is None
+    lane.leave()
+    await asyncio.wait_for(lane.enter(bool), 10)
