@@ -7,8 +7,9 @@ import dataclasses
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from flowmesh_cas.cid import cid_parse
 from flowmesh_cas.errors import ExecutionError, FlowmeshError, IntegrityError, NotFoundError
@@ -27,8 +28,18 @@ from flowmesh_node.settings import Settings
 
 log = logging.getLogger("flowmesh.node")
 
+T = TypeVar("T")
+
 USER_GRACE_S = 15.0
 """How much later than the process that watches a user's function the agent loses patience."""
+
+
+class _SharedGoneError(FlowmeshError):
+    """Content that all the items of an assignment need is not here after all."""
+
+    def __init__(self, cid: bytes, error: FlowmeshError) -> None:
+        super().__init__(error.message)
+        self.cid = cid
 
 
 class Runner:
@@ -153,6 +164,9 @@ class Runner:
                 log.warning("%s: %s; trying what is left one by one", held.assignment.id, error.message)
                 return
             course.fail_rest(error.reason, error.message)
+        except _SharedGoneError as error:
+            for index in list(items):
+                reply.fail(index, Reason.INPUT_MISSING, error.message, missing=[error.cid])
         except FlowmeshError as error:
             reason = Reason.MODEL_MISSING if isinstance(error, NotFoundError) else Reason.INTERNAL
             course.fail_rest(reason, f"{error.message} ({error.hint})" if error.hint else error.message)
@@ -162,7 +176,9 @@ class Runner:
     async def _batch(self, held: Held, items: list[base.Item], scratch: Path) -> base.Batch:
         assignment = held.assignment
         is_user = assignment.type == "python.call"
-        code = await self._inputs.lay_out(assignment.code.ref) if assignment.code is not None else None
+        code = None
+        if assignment.code is not None:
+            code = await self._shared(assignment.code.ref.cid, self._inputs.lay_out(assignment.code.ref))
         await asyncio.to_thread(scratch.mkdir, 0o700)
         models = {
             role: await self._model(reference, assignment.model_digests.get(role) or assignment.model_digests.get(reference, ""))
@@ -186,5 +202,14 @@ class Runner:
         """Return the model as far as the agent takes it: content of the mesh is laid out, the process unpacks and checks."""
         if not reference.startswith("cid:"):
             return base.Model(reference, digest, "")
-        path = await self._inputs.lay_out_folder(cid_parse(reference.removeprefix("cid:")))
+        cid = cid_parse(reference.removeprefix("cid:"))
+        path = await self._shared(cid, self._inputs.lay_out_folder(cid))
         return base.Model(reference, digest, str(path))
+
+    async def _shared(self, cid: bytes, laying_out: Awaitable[T]) -> T:
+        """Lay out what all the items need; what turns out damaged or gone is fetched anew by the next attempt."""
+        try:
+            return await laying_out
+        except (NotFoundError, IntegrityError) as error:
+            self._inputs.note_gone([cid])
+            raise _SharedGoneError(cid, error) from error
