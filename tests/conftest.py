@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import signal
+import tempfile
 
 import pytest
 from tests.fixtures_broker import broker, broker_process, mesh_broker
@@ -26,6 +28,12 @@ def pytest_configure() -> None:
     """Let commands under test hear Ctrl-C even where the suite runs in the background of a shell, which ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["FLOWMESH_STATE"] = tempfile.mkdtemp(prefix="flowmesh-state-")
+
+
+def pytest_unconfigure() -> None:
+    """Remove what clients under test remembered of their submissions."""
+    shutil.rmtree(os.environ["FLOWMESH_STATE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -173,6 +173,11 @@ class Keeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def forget(self, pairs: Iterable[Pair]) -> None:
+        """Let runs go."""
+        async with self._busy:
+            await asyncio.to_thread(self._forget, list(pairs))
+
     async def close(self) -> None:
         """Stop what is under way."""
         for task in list(self._tasks):
@@ -187,8 +192,7 @@ class Keeper:
             elif isinstance(message, Recall):
                 answer = await asyncio.to_thread(self.recalled, message)
             else:
-                async with self._busy:
-                    await asyncio.to_thread(self._forget, [p for p in message.runs if p in self._guarded_at_us])
+                await self.forget(pair for pair in message.runs if pair in self._guarded_at_us)
         except (FlowmeshError, OSError) as error:
             log.warning("cannot keep what the leader asked for: %s", error)
             answer = Guarded(self.holder, f"{type(error).__name__}: {error}") if isinstance(message, Guard) else None

@@ -201,6 +201,7 @@ class Mesh(_Twin[client.Mesh]):
     costs = _blocking(client.Mesh.costs)
     plan = _blocking(client.Mesh.plan)
     why = _blocking(client.Mesh.why)
+    audit = _blocking(client.Mesh.audit)
     cordon = _blocking(client.Mesh.cordon)
     uncordon = _blocking(client.Mesh.uncordon)
     unquarantine = _blocking(client.Mesh.unquarantine)

@@ -16,7 +16,7 @@ from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
 from flowmesh_mesh.wire import check_peer
-from flowmesh_scheduler import cordons, explanations, lineage, sharding, tenants
+from flowmesh_scheduler import audit, cordons, explanations, lineage, sharding, tenants
 from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.recovery import evaluate
 from flowmesh_scheduler.core.state import Node, Run, Vertex, VertexState
@@ -87,6 +87,8 @@ def _status(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]
         "nodes": _nodes(leader, tenant, args),
         "queues": counts,
         "runs": {"active": sum(r.end is None for r in state.runs.values()), "ended": len(state.ended)},
+        "keepers": leader.keepers.plain(),
+        "warnings": leader.keepers.warnings(),
         "totals": {**state.totals, "speculation_usd": round(state.copies.total_usd, 6)},
         "tenants": _tenants(leader, tenant, args),
     }
@@ -299,6 +301,7 @@ _ANSWERS: dict[str, Any] = {
     "why": explanations.why,
     "plan": explanations.plan,
     "shards": sharding.shards,
+    "audit": audit.answer,
     "cordon": cordons.cordon,
     "uncordon": cordons.uncordon,
     "unquarantine": cordons.unquarantine,

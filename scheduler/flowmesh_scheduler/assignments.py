@@ -58,6 +58,10 @@ class AssignmentQueue:
         self._open.setdefault(node, {})[assignment] = sequence
         self._last[node] = max(self._last.get(node, 0), sequence)
 
+    def knows(self, node: str) -> bool:
+        """Tell whether anything was written for a node: what is settled of that is swept."""
+        return node in self._open
+
     def settle(self, node: str, assignment: str) -> int:
         """Forget an assignment; return its sequence, 0 when it is not written."""
         sent = self._sent.pop(assignment, None)

@@ -25,7 +25,7 @@ def uncordon(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any
 
 
 def _set(leader: Leader, tenant: str, args: dict[str, Any], *, is_on: bool) -> dict[str, Any]:
-    actor = _authorised(leader, tenant)
+    actor = authorised(leader, tenant)
     name = args.get("node")
     node = leader.state.nodes.get(name) if isinstance(name, str) else None
     if node is None:
@@ -41,7 +41,7 @@ def _set(leader: Leader, tenant: str, args: dict[str, Any], *, is_on: bool) -> d
 
 def unquarantine(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
     """Let an operator that took nodes with it be tried again."""
-    actor = _authorised(leader, tenant)
+    actor = authorised(leader, tenant)
     held = leader.state.ward.quarantine
     text = str(args.get("key") or "").lower()
     found = [key for key in held if key.hex().startswith(text)] if len(text) >= 8 else []
@@ -53,10 +53,15 @@ def unquarantine(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str,
     return {"key": found[0].hex(), "operator": quarantine.operator, "nodes": list(quarantine.nodes)}
 
 
-def _authorised(leader: Leader, tenant: str) -> str:
+def may_act_for_all(leader: Leader, tenant: str) -> bool:
+    """Tell whether a tenant may do what concerns everybody."""
+    return leader.config.tenants_may_cordon or leader.tenant_names.get(tenant, tenant) in leader.config.operators
+
+
+def authorised(leader: Leader, tenant: str) -> str:
     """Return the name of a tenant who may do what concerns everybody; raise UsageError for any other."""
-    name, config = leader.tenant_names.get(tenant, tenant), leader.config
-    if config.tenants_may_cordon or name in config.operators:
+    name = leader.tenant_names.get(tenant, tenant)
+    if may_act_for_all(leader, tenant):
         return name
     raise UsageError(
         f"tenant {name} may not do what concerns every tenant of this mesh",

@@ -42,15 +42,16 @@ class Hands:
         acceptance = command.acceptance
         pair = (acceptance.tenant, acceptance.run)
         inline = self._leader.inline.pop(pair, [])
-        record = msgspec.structs.replace(acceptance, blocks=inline)
+        record = encode_record(msgspec.structs.replace(acceptance, blocks=inline))
         feed = self._leader.feeds.feed(*pair, acceptance.encoding)
 
         def accepted(_: int) -> None:
             self._leader.feeds.send(feed, "accepted", {"name": command.name, "operators": command.operators})
             self._leader.feeds.open(feed)
             self._leader.requests.settle(pair, True)
+            self._leader.keepers.accepted(pair, record)
 
-        self._leader.ledger.write(subjects.ledger_accepted(*pair), encode_record(record), accepted)
+        self._leader.ledger.write(subjects.ledger_accepted(*pair), record, accepted)
 
     def _assign(self, command: c.Assign) -> None:
         self._leader.queue.hand_over(command.assignment, may_run_in_vain=command.may_run_in_vain)
@@ -88,6 +89,8 @@ class Hands:
         found: dict[bytes, list[str]] = {root: [] for root in command.roots}
         try:
             found = await self._leader.hub.locate(command.roots, nodes)
+            for root in await self._leader.keepers.fetch_lost(root for root, holders in found.items() if not holders):
+                found[root] = [subjects.HUB]
         except Exception:
             log.exception("cannot ask who holds %d roots", len(command.roots))
         self._leader.apply(e.Located(found))
@@ -137,6 +140,7 @@ class Hands:
 
             def written(_: int) -> None:
                 self._leader.feeds.tell(*pair, "ended", plain_end(end))
+                self._leader.keepers.ended(pair)
                 self._leader.apply(e.Ended(*pair))
 
             self._leader.ledger.write(subjects.ledger_ended(*pair), encode_record(end), written)
@@ -154,6 +158,7 @@ class Hands:
             self._leader.ledger.write(subjects.ledger_ended(*pair), record, partial(self._ended, pair))
 
     def _ended(self, pair: tuple[str, str], _: int) -> None:
+        self._leader.keepers.ended(pair)
         self._leader.apply(e.Ended(*pair))
 
     def _change(self, command: c.Change) -> None:

@@ -31,6 +31,7 @@ FOLDER = "journal"
 SUFFIX = ".ledger"
 SHORT_SUFFIX = ".ended"
 FLUSH_S = 1.0
+FLUSH_ENTRIES = 1000
 SEGMENTS = 8
 SHORT_KINDS = ("led.ended.", "led.cancelled.")
 """What is kept of a segment that is dropped for want of room: that a run ended must not be forgotten."""
@@ -82,8 +83,10 @@ class Journal:
 
     def open(self) -> None:
         """Learn what is here. Blocks."""
-        for entry in self.entries():
-            self.last_seq = max(self.last_seq, entry.sequence)
+        for path in reversed(self.segments()):
+            self.last_seq = max((entry.sequence for entry, _ in _read(path)), default=0)
+            if self.last_seq:
+                return
 
     def page(self, cursor: int, max_bytes: int) -> tuple[list[Entry], int]:
         """Return written entries from ``cursor`` on, about ``max_bytes``, and the cursor of what follows; -1 at the end. Blocks.
@@ -121,16 +124,19 @@ class Journal:
             await asyncio.sleep(FLUSH_S)
             await self.flush()
 
-    async def follow(self, bus: Bus) -> None:
-        """Note what the ledger holds beyond what is noted: for a scheduler that stands by."""
+    async def follow(self, bus: Bus, from_seq: int = 0) -> None:
+        """Note what the ledger holds beyond what is noted, or from a sequence on: for who does not write it himself."""
+        first = from_seq or self.last_seq + 1
         state = await bus.stream_state(subjects.LEDGER)
-        if state is None or state.last_seq <= self.last_seq:
+        if state is None or state.last_seq < first:
             return
-        async for message in bus.read_stream(subjects.LEDGER, from_seq=self.last_seq + 1):
+        async for message in bus.read_stream(subjects.LEDGER, from_seq=first):
             if is_noted(message.subject):
                 self.note(message.subject, message.seq, message.data)
             else:
                 self.last_seq = max(self.last_seq, message.seq)
+            if len(self._waiting) >= FLUSH_ENTRIES:
+                await self.flush()
         await self.flush()
 
     def close(self) -> None:

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from flowmesh_cas.errors import FlowmeshError, IntegrityError, NotFoundError, TransientError, UsageError
 from flowmesh_mesh import seals, subjects
-from flowmesh_mesh.bus import Delivery, Subscription
-from flowmesh_mesh.keeping import Pair
-from flowmesh_mesh.manifest import Acceptance, Manifest, decode_record
-from flowmesh_mesh.messages import Guard, Guarded, Recall, Recalled, SchedulerBeat, Sealed, Unguard, decode, encode
+from flowmesh_mesh.keeping import Keeper, Pair
+from flowmesh_mesh.manifest import Acceptance, Cancellation, Manifest, decode_record
+from flowmesh_mesh.messages import Guard, Guarded, Recall, Recalled, Sealed, Submit, Unguard, decode, encode
 from flowmesh_mesh.transfer import fetch_many
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.hub import name_blocks
+from flowmesh_scheduler.restoring import Restoring
 
 if TYPE_CHECKING:
+    from flowmesh_scheduler.journal import Journal
     from flowmesh_scheduler.service import Leader
 
 log = logging.getLogger("flowmesh.scheduler")
@@ -47,7 +48,7 @@ STRUCK_S = 15.0
 SEEK_S = 5.0
 """Pause between two tries to find manifests that nobody had."""
 
-STANDBY_SEEN_S = 5.0
+FOLLOW_AFTER_S = 5.0
 RECALL_TIMEOUT_S = 10.0
 RECALLS_AT_ONCE = 8
 FETCH_DEADLINE_S = 120.0
@@ -99,40 +100,24 @@ class Keepers:
         self._struck_until: dict[str, float] = {}
         self._busy: set[str] = set()
         self._asked: dict[str, int] = {}
-        self._standbys: dict[str, tuple[float, SchedulerBeat]] = {}
         self._single: dict[Pair, str] = {}
         self._seek_at_s = 0.0
         self._recalling = asyncio.Semaphore(RECALLS_AT_ONCE)
         self.restoring: set[Pair] = set()
         self.lost: dict[Pair, Lost] = {}
-        self.unknown = 0
-        """Acceptances that keepers had and the ledger had not, since this leader took over."""
+        self.restored: dict[Pair, str] = {}
+        """Runs that keepers had and the ledger had not, since this leader took over, and who had them."""
 
     # --- who there is
 
-    async def listen(self) -> list[Subscription]:
-        """Hear which schedulers stand by."""
-        return [await self._leader.bus.subscribe("fm.scheduler.*.beat", self._on_beat)]
-
-    def _on_beat(self, delivery: Delivery) -> None:
-        try:
-            beat = decode(delivery.data, SchedulerBeat)
-        except UsageError as error:
-            log.info("unreadable beat of a scheduler: %s", error.message)
-            return
-        if beat.scheduler != self._leader.name and delivery.subject == subjects.scheduler_beat(beat.scheduler):
-            if beat.role == "standby":
-                self._standbys[beat.scheduler] = (self._loop.time(), beat)
-            else:
-                self._standbys.pop(beat.scheduler, None)
-
     def standbys(self) -> list[Holder]:
         """Return the schedulers that stand by and can keep."""
-        oldest_s = self._loop.time() - STANDBY_SEEN_S
+        presence = self._leader.presence
+        beats = [presence.others[name].beat for name in presence.standbys()]
         return [
-            Holder(beat.holder or subjects.hub_of(name), subjects.scheduler_control(name), beat.started_at_us)
-            for name, (seen_s, beat) in sorted(self._standbys.items())
-            if seen_s >= oldest_s and beat.wire >= WIRE_OF_KEEPERS
+            Holder(subjects.hub_of(beat.scheduler), subjects.scheduler_control(beat.scheduler), beat.started_at_us)
+            for beat in beats
+            if beat.wire >= WIRE_OF_KEEPERS
         ]
 
     def nodes(self) -> list[Holder]:
@@ -172,6 +157,24 @@ class Keepers:
             self._by_holder[name].discard(pair)
             self._let_go.setdefault(name, []).append(pair)
 
+    async def restore_ledger(self) -> None:
+        """Bring back what the ledger lacks of what schedulers know; from here on, note what is written into it."""
+        memory = self._leader.memory
+        journal = memory.journal if memory is not None else None
+        await Restoring(self._leader.bus, self._leader.ledger, journal, self._leader.lost).run(self._leader.state.epoch)
+        if journal is not None:
+            self._leader.spawn(self._follow(journal, journal.last_seq + 1))
+            self._leader.ledger.noted = journal.note
+
+    async def _follow(self, journal: Journal, from_seq: int) -> None:
+        """Note what earlier leaders wrote, once the take-over is over; then write down what is noted, for ever."""
+        await asyncio.sleep(FOLLOW_AFTER_S)
+        try:
+            await journal.follow(self._leader.bus, from_seq)
+        except FlowmeshError as error:
+            log.warning("the journal lacks what earlier leaders wrote: %s", error)
+        await journal.run()
+
     def begin(self, lost: Iterable[tuple[Acceptance, str]] = ()) -> None:
         """Take up the runs that the ledger has, at take-over; ``lost`` are those without a manifest, with who cancelled them."""
         due_s = self._loop.time() + RECOVERED_SETTLE_S
@@ -182,7 +185,31 @@ class Keepers:
             pair = (acceptance.tenant, acceptance.run)
             self.lost[pair] = Lost(acceptance, self._loop.time(), cancelled_by)
             self._pending.pop(pair, None)
+        memory = self._leader.memory
+        if memory is not None:
+            self._leader.spawn(self._tell_own(memory.keeper))
         self._leader.spawn(self.run())
+
+    async def _tell_own(self, keeper: Keeper) -> None:
+        """Take back what this scheduler kept itself while it stood by."""
+        ended = [pair for pair in keeper.runs if pair in self._leader.state.ended]
+        unknown = [pair for pair in keeper.runs if not self._is_known(pair)]
+        for kept in (await asyncio.to_thread(keeper.kept)).values() if unknown else ():
+            await self.restore(kept.acceptance, kept.seal, subjects.HUB, only=set(unknown))
+        await keeper.forget(ended)
+
+    def take(self, pair: Pair, data: bytes) -> bool:
+        """Take a submission of a run that is being restored, or whose manifest is sought; tell whether it is one."""
+        if pair not in self.lost:
+            return pair in self.restoring
+        try:
+            message = decode(data, Submit)
+        except UsageError:
+            return True
+        if message.manifest == self.lost[pair].acceptance.manifest:
+            self._leader.hub.put_soon(name_blocks([message.manifest], message.blocks)[0])
+            self._leader.spawn(self.seek_lost())
+        return True
 
     async def run(self) -> None:
         """Look after keepers, for ever."""
@@ -317,12 +344,17 @@ class Keepers:
 
     # --- two holders before an acceptance
 
+    @property
+    def wants_copies(self) -> bool:
+        """Tell whether this mesh is replicated, so that nothing large is accepted with one holder."""
+        return self._leader.config.replicas > 1 or bool(self.standbys())
+
     async def copied(self, pair: Pair, roots: Sequence[bytes]) -> None:
         """Wait until somebody beside the leader holds contents that came before their run is accepted, on a replicated mesh.
 
         There is a deadline: a mesh that has lost its other holders goes on accepting, and says so in its status.
         """
-        if self._leader.config.replicas < 2 and not self.standbys():
+        if not self.wants_copies:
             return
         why = "nobody beside the leader can hold it"
         for holder in [*self.standbys(), *self.nodes()][:3]:
@@ -395,7 +427,7 @@ class Keepers:
             known = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_accepted(*pair))
             if known is None:
                 await self._write(subjects.ledger_accepted(*pair), record)
-            self.unknown += 1
+            self.restored[pair] = holder
             log.warning("run %s was lost to the ledger; %s had its acceptance", acceptance.run, holder)
             if manifest is None:
                 self.lost[pair] = Lost(acceptance, self._loop.time())
@@ -477,6 +509,42 @@ class Keepers:
                 found += 1
         return found
 
+    async def plan_from_ledger(self, pair: Pair) -> bool:
+        """Plan a run that the ledger has and memory has not; tell whether it is planned now."""
+        found = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_accepted(*pair))
+        if found is None or self._is_known(pair) or self._leader.requests.is_accepting(pair):
+            return False
+        cancelled = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_cancelled(*pair))
+        actor = decode_record(cancelled.data, Cancellation).actor if cancelled is not None else ""
+        acceptance = decode_record(found.data, Acceptance)
+        self.restoring.add(pair)
+        try:
+            manifest = await self._bring(acceptance, [])
+        finally:
+            self.restoring.discard(pair)
+        if manifest is None:
+            self.lost[pair] = Lost(acceptance, self._loop.time(), actor)
+            return False
+        self._reinstate(acceptance, manifest, actor)
+        return True
+
+    async def bring_inputs(self, roots: Sequence[bytes]) -> set[bytes]:
+        """Bring contents to the hub from whoever has them; return those that nobody has."""
+        sources = [holder.name for holder in (*self.standbys(), *self.nodes())]
+        gone: set[bytes] = set()
+        for root in roots:
+            try:
+                await fetch_many(self._leader.bus, self._leader.hub.store, {root: sources}, deadline_s=FETCH_DEADLINE_S)
+                self._leader.hub_holds([root])
+            except FlowmeshError as error:
+                log.info("an input cannot be had: %s", error)
+                gone.add(root)
+        return gone
+
+    def waited_s(self, pair: Pair) -> float:
+        """Return for how long the manifest of a run has been sought."""
+        return self._loop.time() - self.lost[pair].since_s
+
     def give_up(self, pair: Pair) -> None:
         """End a run of which nobody has the manifest, and say so."""
         lost = self.lost.pop(pair)
@@ -495,8 +563,12 @@ class Keepers:
             "guarded": len(self._guards),
             "waiting": len(self._pending),
             "lost": len(self.lost),
-            "restored": self.unknown,
+            "restored": len(self.restored),
         }
+
+    def ask_again(self) -> None:
+        """Let every keeper be asked anew which runs it has."""
+        self._asked.clear()
 
     def guards_of(self, pair: Pair) -> set[str]:
         """Return the names of those who keep a run."""

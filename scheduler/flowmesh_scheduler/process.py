@@ -29,6 +29,7 @@ from flowmesh_mesh.wire import OutdatedError
 from flowmesh_scheduler.config import Config, load_config
 from flowmesh_scheduler.lease import Connect, Keeper, SchedulerLease, ThreadKeeper
 from flowmesh_scheduler.service import Leader
+from flowmesh_scheduler.standby_keeper import StandbyKeeper
 from flowmesh_scheduler.standbys import LOOK_S, Highest, LeaseWatch, Presence, Vacancy, digest_of_secret, read_highest
 from flowmesh_scheduler.takeover import make_streams
 
@@ -59,6 +60,7 @@ class SchedulerProcess:
         self.highest = Highest.load(folder / "highest_epoch")
         self.leader: Leader | None = None
         self.watch: LeaseWatch | None = None
+        self.memory: StandbyKeeper | None = None
         self.stopping = asyncio.Event()
         self._keeper = make_keeper(lambda: self._connect(" lease"))
 
@@ -77,6 +79,9 @@ class SchedulerProcess:
             open_.push_async_callback(self.presence.close)
             await self.presence.open(bus)
             await serve_blocks(bus, store, subjects.hub_of(self.name), now_us=now_us)
+            self.memory = StandbyKeeper(bus, store, self.name, self.folder, journal_max_bytes=self.config.journal_max_bytes)
+            open_.push_async_callback(self.memory.close)
+            await self.memory.open()
             self.watch = LeaseWatch(bus, self.presence.secret)
             while not self.stopping.is_set():
                 await self._turn(bus, store, self.watch)
@@ -130,6 +135,8 @@ class SchedulerProcess:
     async def _stand_by(self, bus: Bus, watch: LeaseWatch) -> Vacancy | None:
         """Look at the lease until it may be taken; None when the process is to stop."""
         known = ""
+        if self.memory is not None:
+            await self.memory.stand_by()
         while not self.stopping.is_set():
             try:
                 vacancy = await watch.turn()
@@ -163,6 +170,8 @@ class SchedulerProcess:
     async def _lead(self, bus: Bus, store: BlockStore, lease: SchedulerLease, vacancy: Vacancy) -> None:
         """Lead until the lease or the fence is lost, and again at once under a higher epoch where a node has seen one."""
         self.presence.role = "leader"
+        if self.memory is not None:
+            await self.memory.lead()
         is_again = True
         try:
             while is_again and not self.stopping.is_set():
@@ -174,7 +183,8 @@ class SchedulerProcess:
     async def _lead_once(self, bus: Bus, store: BlockStore, lease: SchedulerLease, vacancy: Vacancy) -> bool:
         """Lead for one epoch; tell whether to go on with another."""
         record = self.folder / self.config.record if self.config.record else None
-        leader = Leader(bus, self.config, self.name, lease, store, self.secret, record, self.highest, self.presence, vacancy)
+        secret, highest, presence = self.secret, self.highest, self.presence
+        leader = Leader(bus, self.config, self.name, lease, store, secret, record, highest, presence, vacancy, self.memory)
         self.leader = leader
         stopped = asyncio.create_task(self._stop_leader(leader))
         has_failed = False

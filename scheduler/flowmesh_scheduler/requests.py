@@ -110,6 +110,8 @@ class Requests:
             if pair not in self._accepting and not is_copy:
                 self._repeat(pair)
             return self._accepting.get(pair)
+        if self._leader.keepers.take(pair, data):
+            return None
         future = self._accepting.get(pair)
         if future is None:
             future = self._accepting[pair] = asyncio.get_running_loop().create_future()
@@ -122,7 +124,8 @@ class Requests:
             if encoding == "msgpack" and len(data) < ACCEPTANCE_INLINE_MAX_BYTES:
                 submission = intake.open_submission(pair[0], data, self._leader.hub)
                 models = self._pin_now(submission)
-                if models is not None and not self._absent(submission):
+                is_copied = not submission.elsewhere or not self._leader.keepers.wants_copies
+                if models is not None and is_copied and not self._absent(submission):
                     self._submit(submission, models, [block for _, block in submission.blocks])
                     return
             self._leader.spawn(self._take_in_slowly(pair, encoding, data))
@@ -157,6 +160,9 @@ class Requests:
                 inline = [block for _, block in submission.blocks]
             else:
                 await self._leader.hub.put(submission.blocks)
+            if submission.elsewhere or not inline:
+                roots = submission.elsewhere if inline else [submission.manifest_cid]
+                await self._leader.keepers.copied(pair, roots)
             self._submit(submission, models, inline)
         except FlowmeshError as error:
             self._reject(pair, encoding, error)

@@ -18,6 +18,7 @@ from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.messages import WIRE_VERSION, Epoch, encode
 from flowmesh_scheduler.assignments import AssignmentQueue
+from flowmesh_scheduler.audit import Audit
 from flowmesh_scheduler.checkpoints import Checkpoints
 from flowmesh_scheduler.config import Config
 from flowmesh_scheduler.core import commands as c
@@ -30,10 +31,12 @@ from flowmesh_scheduler.guarded import GuardedStream, patiently
 from flowmesh_scheduler.hands import Hands
 from flowmesh_scheduler.hub import Hub
 from flowmesh_scheduler.intake import Resolver
+from flowmesh_scheduler.keepers import Keepers
 from flowmesh_scheduler.lease import Change, SchedulerLease
 from flowmesh_scheduler.recording import Recording
 from flowmesh_scheduler.reports import Reports
 from flowmesh_scheduler.requests import Requests
+from flowmesh_scheduler.standby_keeper import StandbyKeeper
 from flowmesh_scheduler.standbys import Highest, Presence, Vacancy
 from flowmesh_scheduler.takeover import Report, Stopwatch, collection_put_off, lacking_streams, make_streams, read_state
 
@@ -64,6 +67,7 @@ class Leader:
         highest: Highest | None = None,
         presence: Presence | None = None,
         vacancy: Vacancy | None = None,
+        memory: StandbyKeeper | None = None,
     ) -> None:
         self.bus = bus
         self.config = config
@@ -96,6 +100,9 @@ class Leader:
         self.reports = Reports(self)
         self.requests = Requests(self)
         self.checkpoints = Checkpoints(self)
+        self.memory = memory
+        self.keepers = Keepers(self)
+        self.audit = Audit(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listening: list[Subscription | Pull] = []
         self.is_ready = False
@@ -117,6 +124,7 @@ class Leader:
         await self._take_over()
         self.spawn(self._sweep())
         self.spawn(self.costs.run())
+        self.spawn(self.audit.run())
         return await self.lost
 
     async def _take_over(self) -> None:
@@ -128,6 +136,7 @@ class Leader:
             self._listening += await self.reports.listen()
             self._listening += await self.checkpoints.listen()
             self.bus.post(subjects.ALL_NODES_CONTROL, encode(self._epoch_record()))
+            await self.keepers.restore_ledger()
             found = await read_state(self.bus, self.hub, self.state, self.queue)
             await self.costs.read()
             watch.lap("read")
@@ -146,6 +155,7 @@ class Leader:
         for acceptance in found.recovered.runs:
             feed = self.feeds.feed(acceptance.acceptance.tenant, acceptance.acceptance.run, acceptance.acceptance.encoding)
             self.feeds.open(feed)
+        self.keepers.begin(found.lost)
         early, self._early = self._early, []
         for event in early:
             self.apply(event)

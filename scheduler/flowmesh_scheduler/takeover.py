@@ -142,6 +142,8 @@ class Found:
 
     recovered: Recovered
     nodes: list[NodeRecord]
+    lost: list[tuple[Acceptance, str]] = field(default_factory=list)
+    """Runs without a manifest here, and who cancelled them: keepers are asked for it."""
 
 
 async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -> Found:
@@ -149,11 +151,15 @@ async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -
     ledger = await _read_ledger(bus)
     _restore_results(hub, state, ledger)
     live: list[RecoveredRun] = []
+    lost: list[tuple[Acceptance, str]] = []
     for pair, acceptance in ledger.acceptances.items():
         await _restore_blocks(hub, acceptance)
         if pair not in ledger.ends:
             run = _recover(hub, acceptance, ledger.cancellations.get(pair))
-            if run is not None:
+            if run is None:
+                cancellation = ledger.cancellations.get(pair)
+                lost.append((acceptance, cancellation.actor if cancellation else ""))
+            else:
                 live.append(run)
                 _note_inputs(state, run.manifest)
     ended = [(end, ledger.acceptances.get(pair)) for pair, end in ledger.ends.items()]
@@ -169,7 +175,7 @@ async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -
     nodes = [decode(message.data, NodeRecord) async for message in bus.read_stream(subjects.NODES, "fm.nodes.*")]
     health = [decode(message.data, NodeHealth) async for message in bus.read_stream(subjects.HEALTH, "fm.health.*")]
     recovered = Recovered(ledger.results, live, ended, assignments, health)
-    return Found(recovered, [n for n in nodes if n.state != "left"])
+    return Found(recovered, [n for n in nodes if n.state != "left"], lost)
 
 
 async def _read_ledger(bus: Bus) -> Ledger:

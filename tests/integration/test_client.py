@@ -369,7 +369,7 @@ def test_the_synchronous_twin_does_the_same(broker: Broker, tmp_path: Path, monk
 def test_the_twin_has_every_public_method_of_the_client() -> None:
     from flowmesh_mesh import client, results
 
-    own = {"Mesh": {"open", "bus", "keep", "forget", "local", "text_lines", "listen"}}
+    own = {"Mesh": {"open", "bus", "keep", "forget", "local", "text_lines", "listen", "remember"}}
     own["Mesh"] |= {"settle", "submit_prepared", "plan_prepared"}
     own["Run"] = {"follow", "accepted", "end"}
     for twin, behind in ((sync.Mesh, client.Mesh), (sync.Run, client.Run), (sync.Output, results.Output)):

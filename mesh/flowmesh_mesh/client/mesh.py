@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from flowmesh_cas.cid import cid_parse, cid_text
-from flowmesh_cas.errors import NotFoundError, UsageError
+from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.client import blocks, submission
 from flowmesh_mesh.client.questions import ask
@@ -24,6 +25,7 @@ from flowmesh_mesh.results import plain_ref
 if TYPE_CHECKING:
     from flowmesh_cas.store import BlockStore
     from flowmesh_mesh.bus import Bus, Delivery, Subscription
+    from flowmesh_mesh.client.journal import Journal
     from flowmesh_mesh.context import Context
     from flowmesh_mesh.manifest import Ref
 
@@ -32,6 +34,7 @@ OWN_SUBSCRIPTIONS_MAX = 8
 
 SUBMIT_DEADLINE_S = 60.0
 RUNS_LISTED = 1000
+AUDIT_DEADLINE_S = 300.0
 PLAN_DEADLINE_S = 60.0
 """How long a plan may take: the leader works on large ones between other things."""
 
@@ -59,6 +62,7 @@ class Mesh:
         self._listened = 0
         self._tenant_wide: Subscription | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self.journal: Journal | None = None
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -70,8 +74,11 @@ class Mesh:
     async def open(self) -> None:
         """Connect; raise TransientError when no mesh answers, UsageError when the tenant is unknown here."""
         from flowmesh_mesh.client.entry import connect_tenant
+        from flowmesh_mesh.client.journal import journal_of
 
         self._bus = await connect_tenant(self._context, self._tenant)
+        with contextlib.suppress(FlowmeshError, OSError):
+            self.journal = journal_of(self._context, self._tenant)
 
     async def close(self) -> None:
         """Disconnect, after what is being published has been acknowledged; runs go on."""
@@ -111,8 +118,20 @@ class Mesh:
         self._runs[run.id] = run
         self._track(publication)
 
+    async def remember(self, run: str, payload: bytes, store: BlockStore | None) -> None:
+        """Keep a submission in the journal until its end is seen; ``store`` holds what was put before it, and is read now."""
+        if self.journal is None:
+            return
+        self.journal.expect(run)
+        keeping = asyncio.get_running_loop().create_task(asyncio.to_thread(self.journal.keep, run, payload, store))
+        self._track(keeping)
+        if store is not None:
+            await asyncio.wait({keeping})
+
     def forget(self, run: Run) -> None:
         """Let go of a run that has ended; called from the read loop."""
+        if self.journal is not None:
+            self.journal.drop(run.id)
         if self._runs.pop(run.id, None) is not None:
             self._track(asyncio.get_running_loop().create_task(run.close()))
 
@@ -171,6 +190,9 @@ class Mesh:
         except NotFoundError:
             found = [str(row["run"]) for row in await self.runs() if str(row["run"]).startswith(name)]
         if not found:
+            again = await self.journal.submit_again(self.bus, name) if self.journal is not None else ""
+            if again:
+                return again
             raise NotFoundError(f"no run {name!r}", hint="List the runs with `flowmesh ls`.")
         if len(found) > 1:
             raise UsageError(f"{len(found)} runs begin with {name!r}", hint=f"Give more of the id: {', '.join(found[:5])}.")
@@ -197,6 +219,17 @@ class Mesh:
     async def uncordon(self, node: str) -> dict[str, Any]:
         """Let a node get work again."""
         return cast("dict[str, Any]", await ask(self.bus, "uncordon", {"node": node}))
+
+    async def audit(self, *, is_repairing: bool = False, is_thorough: bool = False) -> dict[str, Any]:
+        """Compare what the mesh should have with what it has; repair it where asked to (docs/recovery.md).
+
+        Everybody may look at what is his; repairing is for those who may do what concerns every tenant. Submissions of this
+        client that the mesh does not know are offered to it in any case, if asked to repair.
+        """
+        own = await self.journal.offer(self.bus, is_repairing=is_repairing) if self.journal is not None else []
+        args = {"repair": is_repairing, "thorough": is_thorough}
+        found = await ask(self.bus, "audit", args, deadline_s=AUDIT_DEADLINE_S, timeout_s=AUDIT_DEADLINE_S)
+        return {**found, "findings": [*own, *found["findings"]]}
 
     async def unquarantine(self, key: str) -> dict[str, Any]:
         """Let an operator (its key in hex) be tried again although it took nodes with it."""

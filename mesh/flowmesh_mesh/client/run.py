@@ -32,7 +32,7 @@ class Run:
     def __init__(self, mesh: Mesh, run: str) -> None:
         self.id = run
         self._mesh = mesh
-        self._feed = Feed(run, self.status, self._ended)
+        self._feed = Feed(run, self._state, self._ended)
         self._subscription: Unsubscribes | None = None
 
     def __repr__(self) -> str:
@@ -59,6 +59,17 @@ class Run:
         if subscription is not None:
             await subscription.unsubscribe()
         await self._feed.close()
+
+    async def _state(self) -> dict[str, Any]:
+        """Return the state for the feed; a run that was accepted, and that the mesh has lost since, is submitted again."""
+        from flowmesh_mesh.client.journal import is_unknown_run
+
+        try:
+            return await self.status()
+        except NotFoundError as error:
+            if self._mesh.journal is not None and is_unknown_run(error):
+                await self._mesh.journal.submit_again(self._mesh.bus, self.id)
+            raise
 
     async def status(self, *, offset: int = 0, limit: int | None = None) -> dict[str, Any]:
         """Return what the leader knows of the run, its operators included (docs/protocol.md, question ``run``)."""

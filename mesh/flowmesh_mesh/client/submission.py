@@ -178,6 +178,8 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
     mesh.keep(handle, stored)
     if handle.end is not None:
         mesh.forget(handle)
+    else:
+        await mesh.remember(run, payload, prepared.store if blocks is None else None)
     if is_named:
         await _check_same(handle, prepared)
     return handle

@@ -156,6 +156,15 @@ class Reinstated:
 
 
 @dataclass(frozen=True, slots=True)
+class Replanned:
+    """Operators of a run, by index, that neither ran nor waited for anything: they find their way again."""
+
+    tenant: str
+    run: str
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class GivenUp:
     """Nobody has the manifest of an accepted run any more; ``detail`` says what is gone and who was asked."""
 
@@ -194,6 +203,7 @@ Event = (
     | Restored
     | Recovered
     | Reinstated
+    | Replanned
     | GivenUp
     | Checkpointed
     | Tick
