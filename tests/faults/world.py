@@ -265,10 +265,12 @@ class World:
         self.folder = folder
         self.loop = loop
         self.is_replicated = is_replicated
+        self.speculates = seed % 3 == 0
+        """Whether second attempts are made beside stragglers."""
         self.rng = random.Random(f"{seed} world")
         self.history = History(loop.time)
         self.failures: list[str] = []
-        self.settings = Settings(nodes_lost_limit=1000)
+        self.settings = Settings(nodes_lost_limit=1000, speculation_share=0.05 if self.speculates else 0.0)
         self.broker = BrokerModel(loop, random.Random(f"{seed} broker"), clock.now_us)
         self.network = Network(loop, self.broker, random.Random(f"{seed} network"))
         self.keyring = _keyring(folder)
