@@ -64,6 +64,7 @@ def up(
                 schedulers=schedulers,
             )
             if not was_up:
+                _check_start(layout)
                 with _interrupts_held():
                     supervisor = launch(layout, is_attached=is_foreground)
                 _await_lock(layout, supervisor)
@@ -94,6 +95,18 @@ def down(folder: _Folder = DEFAULT_FOLDER, as_json: _AsJson = False) -> None:
         print(json.dumps({"dir": str(layout.folder), "stopped": was_up}))
     else:
         print("the mesh is down" if was_up else "the mesh was not up")
+
+
+def _check_start(layout: Layout) -> None:
+    """Refuse to start what would break a promise, and warn of what may; the rest is for `flowmesh doctor`."""
+    from flowmesh_cas.errors import UsageError
+    from flowmesh_deploy.doctor.start import at_start
+
+    refusal, warnings = at_start(layout)
+    for warning in warnings:
+        print(f"warning: {warning.finding}. {warning.why} {warning.mend}", file=sys.stderr)
+    if refusal is not None:
+        raise UsageError(f"{refusal.finding}: {refusal.why}", hint=refusal.mend)
 
 
 def _bring_up(

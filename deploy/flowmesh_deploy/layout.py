@@ -108,6 +108,11 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def sync_of(layout: Layout) -> str:
+    """Return when the brokers sync what they acknowledge: ``always`` unless mesh.json says otherwise (docs/brokers.md)."""
+    return str(read_json(layout.desired).get("sync", "always"))
+
+
 def publish_urls(layout: Layout, urls: Sequence[str]) -> None:
     """Write the brokers' addresses into every file that names them, where they changed; a process with its own keeps those."""
     own: Urls = read_json(layout.desired).get("urls", {})
@@ -169,8 +174,8 @@ def prepare(
         "environment": environment if environment is not None else desired.get("environment", {}),
     }
     wishes = {"version": 1, "mesh": mesh, "nodes": wanted, **counts, **{key: value for key, value in own.items() if value}}
-    if is_up and desired.get("held"):
-        wishes["held"] = desired["held"]
+    kept = ("sync", "held") if is_up else ("sync",)
+    wishes.update({key: desired[key] for key in kept if desired.get(key)})
     write_json(layout.desired, wishes)
     _write_secrets(layout)
     _write_credentials(layout, keyring, wanted)

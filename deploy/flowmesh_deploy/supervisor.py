@@ -20,7 +20,7 @@ from typing import Any
 
 from flowmesh_cas.errors import FlowmeshError
 from flowmesh_deploy.broker import PORT_S, Broker, Cluster
-from flowmesh_deploy.layout import Layout, publish_urls, read_json, write_json
+from flowmesh_deploy.layout import Layout, publish_urls, read_json, sync_of, write_json
 from flowmesh_deploy.ports import choose_port, is_free, keep_port
 from flowmesh_deploy.process import identity, spawn
 
@@ -89,9 +89,8 @@ class Supervisor:
     def _server(self, name: str) -> Broker:
         folder = self.layout.broker_folder(name)
         security = (folder / self.layout.security.name).read_text()
-        if len(self._brokers) == 1:
-            return Broker(folder, security=security, log=self.layout.logs / "broker.log")
-        return Broker(folder, security=security, log=self.layout.logs / f"{name}.log", name=name)
+        own = name if len(self._brokers) > 1 else "flowmesh"
+        return Broker(folder, security=security, log=self.layout.logs / f"{name}.log", name=own, sync=sync_of(self.layout))
 
     @property
     def _roles(self) -> list[_Role]:

@@ -93,7 +93,7 @@ REGISTRAR = Role(
 INSPECTOR = Role(
     "inspector",
     "system",
-    publish=("$SYS.REQ.SERVER.PING.VARZ", "$SYS.REQ.SERVER.PING.HEALTHZ", "$SYS.REQ.SERVER.PING.JSZ"),
+    publish=("$SYS.REQ.SERVER.PING.VARZ", "$SYS.REQ.SERVER.PING.HEALTHZ"),
     subscribe=(_OWN_INBOX,),
     purpose="Ask the brokers how they are set up and how they are; used by `flowmesh doctor` alone.",
 )

@@ -29,12 +29,29 @@ class StreamState(msgspec.Struct, frozen=True):
     subjects: dict[str, int] = {}
 
 
+class Replica(msgspec.Struct, frozen=True):
+    """A copy of a stream on another broker than the leading one's."""
+
+    name: str = ""
+    current: bool = False
+    offline: bool = False
+    lag: int = 0
+
+
+class StreamCluster(msgspec.Struct, frozen=True):
+    """Who leads a stream of several copies, and how the others are."""
+
+    leader: str = ""
+    replicas: list[Replica] = []
+
+
 class StreamInfo(msgspec.Struct, frozen=True):
-    """How a stream is set up, as the broker words it, and what it holds."""
+    """How a stream is set up, as the broker words it, and what it holds; ``cluster`` where the broker is one of several."""
 
     config: dict[str, Any] = {}
     state: StreamState = StreamState()
     error: ApiError | None = None
+    cluster: StreamCluster | None = None
 
 
 class ConsumerState(msgspec.Struct, frozen=True):
@@ -63,6 +80,12 @@ class _Done(msgspec.Struct, frozen=True):
     error: ApiError | None = None
     success: bool = False
     num_pending: int = 0
+
+
+class _Names(msgspec.Struct, frozen=True):
+    consumers: list[str] | None = None
+    total: int = 0
+    error: ApiError | None = None
 
 
 class StreamApi(ABC):
@@ -157,6 +180,18 @@ class StreamApi(ABC):
             return await self._api(f"CONSUMER.INFO.{stream}.{consumer}", b"", ConsumerState, f"consumer {consumer} of {stream}")
         except NotFoundError:
             return None
+
+    async def consumer_names(self, stream: str) -> list[str]:
+        """Return the names of all consumers of a stream; none when there is no stream."""
+        found: list[str] = []
+        while True:
+            try:
+                page = await self._api(f"CONSUMER.NAMES.{stream}", {"offset": len(found)}, _Names, f"consumers of {stream}")
+            except NotFoundError:
+                return found
+            found += page.consumers or ()
+            if not page.consumers or len(found) >= page.total:
+                return found
 
     async def delete_consumer(self, stream: str, consumer: str) -> None:
         """Delete a consumer; it is no error when there is none."""
