@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flowmesh_cas.errors import FlowmeshError, UsageError
+from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_mesh import streams, subjects
 from flowmesh_mesh.bus import Delivery, Pull, Subscription
 from flowmesh_mesh.messages import Beat, Done, Log, NodeRecord, decode
@@ -26,7 +27,8 @@ LOG_DEADLINE_S = 30.0
 
 _ASIDE = (" blocks", " witness")
 """How the names of those connections of a node end that carry no heartbeat."""
-JOINS_AT_ONCE = 64
+JOINS_AT_ONCE = 16
+JOIN_AGAIN_S = 0.5
 
 
 class Reports:
@@ -39,6 +41,8 @@ class Reports:
         self._sought: set[str] = set()
         self._early: list[tuple[str, bytes]] | None = []
         """Reports that came before the nodes were known, as all do that nodes offer at the sight of a new epoch."""
+        self._by_key: dict[str, str] = {}
+        self._joining = asyncio.Semaphore(JOINS_AT_ONCE)
         self.refusals = Refusals(leader)
 
     async def listen(self) -> list[Subscription | Pull]:
@@ -81,12 +85,17 @@ class Reports:
         self._leader.apply(e.BeatReceived(beat))
 
     async def _seek(self, node: str) -> None:
-        """A node beats that is not known: its record must be in the stream."""
-        found = await self._leader.bus.last_message(subjects.NODES, subjects.node_record(node))
-        record = read(found.subject, found.data, NodeRecord) if found is not None else None
-        self._sought.discard(node)
-        if record is not None:
-            await self.join(record)
+        """A node beats that is not known: its record must be in the stream. What fails now, its next beats begin again."""
+        try:
+            async with self._joining:
+                found = await self._leader.bus.last_message(subjects.NODES, subjects.node_record(node))
+            record = read(found.subject, found.data, NodeRecord) if found is not None else None
+            if record is not None:
+                await self.join(record)
+        except TransientError as error:
+            log.info("cannot look up node %s: %s", node, error)
+        finally:
+            self._sought.discard(node)
 
     def _on_node_record(self, delivery: Delivery) -> None:
         record = read(delivery.subject, delivery.data, NodeRecord)
@@ -94,29 +103,47 @@ class Reports:
             self._leader.spawn(self.join(record))
 
     async def join_all(self, records: Sequence[NodeRecord]) -> None:
-        """Join many nodes side by side: a consumer costs the broker a sync, and a take-over waits for all of them."""
-        limit = asyncio.Semaphore(JOINS_AT_ONCE)
+        """Join the nodes that an earlier leader knew, side by side; what has its consumer needs no other.
 
-        async def one(record: NodeRecord) -> None:
-            async with limit:
-                await self.join(record)
+        A consumer costs the broker a sync, and a take-over waits for all of them.
+        """
+        there = set(await self._leader.bus.consumer_names(subjects.ASSIGN)) if records else set()
+        await asyncio.gather(*(self.join(r, has_consumer=subjects.assign_consumer(r.node) in there) for r in records))
 
-        await asyncio.gather(*(one(record) for record in records))
+    async def join(self, record: NodeRecord, *, has_consumer: bool = False) -> None:
+        """Let a node take part: it gets a consumer, and the core knows it. One whose version does not fit is refused.
 
-    async def join(self, record: NodeRecord) -> None:
-        """Let a node take part: it gets a consumer, and the core knows it. One whose version does not fit is refused."""
+        Few consumers are made at once: the broker's interface answers one question after the other, also those that are urgent.
+        """
         if not self.refusals.admits(record):
             return
-        await self._leader.bus.ensure_consumer(subjects.ASSIGN, streams.assign_consumer(record.node))
-        self._leader.apply(e.NodeJoined(record))
+        self._sought.add(record.node)
+        try:
+            while not (has_consumer or self._is_same_life(record)) and not self._leader.lost.done():
+                try:
+                    async with self._joining:
+                        await self._leader.bus.ensure_consumer(subjects.ASSIGN, streams.assign_consumer(record.node))
+                    break
+                except TransientError as error:
+                    log.info("no consumer for node %s yet: %s", record.node, error)
+                    await asyncio.sleep(JOIN_AGAIN_S * random.uniform(0.5, 1.5))
+            self._by_key[record.public_key] = record.node
+            self._leader.apply(e.NodeJoined(record))
+        finally:
+            self._sought.discard(record.node)
+
+    def _is_same_life(self, record: NodeRecord) -> bool:
+        """Tell whether a node that is known says something new of itself: it has its consumer already."""
+        known = self._leader.state.nodes.get(record.node)
+        return known is not None and known.record.started_at_us == record.started_at_us
 
     def node_gone(self, public_key: str, name: str = "") -> None:
         """The broker saw the connection of this key end; those for blocks and of the witness say nothing of the node."""
         if name.endswith(_ASIDE):
             return
-        for node in self._leader.state.nodes.values():
-            if node.record.public_key == public_key:
-                self._leader.apply(e.NodeDisconnected(node.name))
+        node = self._leader.state.nodes.get(self._by_key.get(public_key, ""))
+        if node is not None and node.record.public_key == public_key:
+            self._leader.apply(e.NodeDisconnected(node.name))
 
     def _on_done(self, delivery: Delivery) -> None:
         self._take(delivery.subject, delivery.data)

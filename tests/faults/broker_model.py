@@ -408,6 +408,10 @@ class BrokerModel:
     def _consumer_info(self, stream: str, words: list[str], _body: dict[str, Any]) -> dict[str, Any]:
         return self._consumer(stream, words[3]).describe()
 
+    def _consumer_names(self, stream: str, _words: list[str], body: dict[str, Any]) -> dict[str, Any]:
+        names = sorted(self._stream(stream).consumers)
+        return {"consumers": names[body.get("offset", 0) :][:1024], "total": len(names)}
+
     def _delete_consumer(self, stream: str, words: list[str], _body: dict[str, Any]) -> dict[str, Any]:
         self._consumer(stream, words[3]).close("Consumer Deleted")
         del self.streams[stream].consumers[words[3]]
@@ -461,6 +465,7 @@ _HANDLERS: dict[str, Callable[[BrokerModel, str, list[str], dict[str, Any]], dic
     "STREAM.MSG.DELETE": BrokerModel._delete_message,
     "CONSUMER.CREATE": BrokerModel._create_consumer,
     "CONSUMER.INFO": BrokerModel._consumer_info,
+    "CONSUMER.NAMES": BrokerModel._consumer_names,
     "CONSUMER.DELETE": BrokerModel._delete_consumer,
 }
 

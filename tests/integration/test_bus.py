@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.fixtures_broker import MeshBroker
 
@@ -636,3 +637,12 @@ def test_the_broker_listens_on_loopback_only_and_its_folder_is_private(broker_pr
     listening = [entry.laddr.ip for entry in psutil.Process(child.pid).net_connections() if entry.status == "LISTEN"]
     assert listening == ["127.0.0.1"]
     assert broker_process.broker.folder.stat().st_mode & 0o077 == 0
+
+
+async def test_the_consumers_of_a_stream_are_listed_past_the_first_page(mesh_broker: MeshBroker) -> None:
+    bus = await mesh_broker.scheduler()
+    names = [f"n{number}" for number in range(1030)]
+    quick = [msgspec.structs.replace(streams.assign_consumer(name), mem_storage=True) for name in names]
+    await asyncio.gather(*(bus.ensure_consumer(subjects.ASSIGN, config) for config in quick))
+    assert sorted(await bus.consumer_names(subjects.ASSIGN)) == sorted(subjects.assign_consumer(name) for name in names)
+    assert await bus.consumer_names("NOTHING") == []
