@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from flowmesh_cas.errors import FlowmeshError, NotFoundError, TransientError, UsageError
+from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_cas.pack_store import PackStore
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects
@@ -147,7 +147,9 @@ class SchedulerProcess:
                     await self._note_epochs(bus)
             except NotFoundError:
                 await self._make_streams(bus)
-            except TransientError as error:
+            except UsageError:
+                raise
+            except FlowmeshError as error:
                 log.info("the broker does not tell who leads: %s", error)
                 watch.disturb()
             await asyncio.sleep(LOOK_S * random.uniform(0.7, 1.0))
@@ -170,8 +172,6 @@ class SchedulerProcess:
     async def _lead(self, bus: Bus, store: BlockStore, lease: SchedulerLease, vacancy: Vacancy) -> None:
         """Lead until the lease or the fence is lost, and again at once under a higher epoch where a node has seen one."""
         self.presence.role = "leader"
-        if self.memory is not None:
-            await self.memory.lead()
         is_again = True
         try:
             while is_again and not self.stopping.is_set():
@@ -190,6 +190,8 @@ class SchedulerProcess:
         has_failed = False
         await self._keeper.hold(lease, leader.on_lease)
         try:
+            if self.memory is not None:
+                await self.memory.lead()
             log.warning("no longer leading: %s", await leader.run())
         except OutdatedError:
             raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,9 +14,14 @@ from typing import Any
 import pytest_asyncio
 
 from flowmesh_deploy.embedded import EmbeddedMesh, embedded_mesh
+from flowmesh_mesh import subjects
+from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.client import connect
 from flowmesh_mesh.client.mesh import Mesh
 from flowmesh_mesh.client.run import Run
+from flowmesh_mesh.clock import now_us
+from flowmesh_mesh.credentials import Credentials
+from flowmesh_mesh.messages import Beat, encode
 
 DEADLINE_S = 40.0
 
@@ -82,12 +89,10 @@ def process_of(mesh: EmbeddedMesh, leader: str) -> str:
 
 
 def scheduler_name(mesh: EmbeddedMesh, process: str) -> str:
-    import json
-
     return str(json.loads(mesh.layout.scheduler_file(process).read_text())["name"])
 
 
-async def finish(client: Mesh, run: Run, count: int) -> list[dict[str, Any]]:
+async def finish(run: Run) -> list[dict[str, Any]]:
     results = await run.result(timeout_s=DEADLINE_S)
     assert results.state == "succeeded", results.detail
     return await run.operators()
@@ -103,7 +108,7 @@ async def test_the_place_of_a_killed_leader_is_taken_and_what_runs_runs_on(mesh:
     assert after["takeover"]["from"] == before["leader"]["id"]
     assert after["takeover"]["why"] == "its connection ended"
     assert after["takeover"]["runs"] == 1
-    rows = await finish(client, run, 4)
+    rows = await finish(run)
     assert {row["attempt"] for row in rows} == {1}
 
 
@@ -120,7 +125,7 @@ async def test_a_stopped_leader_is_replaced_and_its_later_writes_are_refused(mes
         mesh.signal(zombie, signal.SIGCONT)
     last = await ready(client)
     assert last["leader"] == after["leader"] | {"cut_off": False}
-    rows = await finish(client, run, 4)
+    rows = await finish(run)
     assert {row["attempt"] for row in rows} == {1}
 
 
@@ -131,11 +136,45 @@ async def test_schedulers_restarted_one_after_the_other_lose_nothing(mesh: Embed
     for process in mesh.layout.schedulers():
         pid = mesh.signal(process, signal.SIGTERM)
         async with asyncio.timeout(DEADLINE_S):
-            while mesh_pid(mesh, process) in (0, pid):
+            while mesh_pid(mesh, process) in (0, pid):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await ready(client)
-    rows = await finish(client, run, 4)
+    rows = await finish(run)
     assert {row["attempt"] for row in rows} == {1}
+
+
+async def test_a_store_wiped_under_a_stopped_leader_begins_anew_under_another(mesh: EmbeddedMesh, client: Mesh) -> None:
+    before = await ready(client)
+    zombie = process_of(mesh, before["leader"]["id"])
+    await finish(await client.submit(document(2, 0.1)))
+    mesh.signal(zombie, signal.SIGSTOP)
+    try:
+        mesh.kill("broker", is_held=True)
+        shutil.rmtree(mesh.layout.folder / "broker" / "jetstream")
+        await mesh.start("broker")
+        after = await other_leader(client, before["leader"]["id"])
+        assert after["leader"]["epoch"] > before["leader"]["epoch"]
+        await finish(await client.submit(document(2, 0.1, first=10)))
+    finally:
+        mesh.signal(zombie, signal.SIGCONT)
+    last = await ready(client)
+    assert last["leader"]["epoch"] == after["leader"]["epoch"]
+    await finish(await client.submit(document(2, 0.1, first=20)))
+
+
+async def test_a_leader_of_whom_a_node_has_seen_a_later_one_leads_again_above_that(mesh: EmbeddedMesh, client: Mesh) -> None:
+    before = await ready(client)
+    credentials = Credentials.load(mesh.layout.credentials / "scheduler.creds")
+    bus = await Bus.connect(mesh.urls, credentials, name="test", inbox=credentials.inbox)
+    seen = before["leader"]["epoch"] + 1_000_000_000
+    await bus.publish(subjects.node_beat("node-1"), encode(Beat("node-1", now_us(), seen)))
+    await bus.flush()
+    async with asyncio.timeout(DEADLINE_S):
+        while (found := await status(client))["leader"]["epoch"] <= seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert found["leader"]["id"] == before["leader"]["id"]
+    await finish(await client.submit(document(2, 0.1)))
+    await bus.close()
 
 
 def mesh_pid(mesh: EmbeddedMesh, process: str) -> int:
