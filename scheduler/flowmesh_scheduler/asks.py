@@ -216,7 +216,10 @@ def find_run(leader: Leader, tenant: str, run_id: Any) -> Run:
     end, acceptance = ended if ended is not None else (None, None)
     if acceptance is None:
         raise NotFoundError(f"no run {run_id!r}", hint="`flowmesh ls` lists the runs of this tenant.")
-    manifest = decode_record(leader.hub.get(acceptance.manifest), Manifest)
+    try:
+        manifest = decode_record(leader.hub.get(acceptance.manifest), Manifest)
+    except NotFoundError:  # a run that was given up for want of its manifest has an end, and nothing else
+        manifest = Manifest(acceptance.name or run_id, [])
     return evaluate(leader.state, acceptance, manifest, end)
 
 

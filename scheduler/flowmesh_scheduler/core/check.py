@@ -14,7 +14,8 @@ from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.fleet import can_run, free_slots
 from flowmesh_scheduler.core.health import may_take
 from flowmesh_scheduler.core.pooling import pool_key
-from flowmesh_scheduler.core.state import Node, Outstanding, Run, State, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.reinstating import adrift
+from flowmesh_scheduler.core.state import STORY_MAX, Node, Outstanding, Run, State, Vertex, VertexState, Work, WorkState
 
 _LIVE = (VertexState.READY, VertexState.ASSIGNED)
 _ENDED_BADLY = (VertexState.FAILED, VertexState.SKIPPED, VertexState.CANCELLED)
@@ -49,6 +50,8 @@ def check(state: State) -> None:
     for pair, run in state.runs.items():
         assert run.id_pair == pair
         _check_run(state, run)
+        assert pair not in state.ended or run.end is not None, f"{pair} has ended and goes on"
+        assert not any(adrift(state, vertex) for vertex in run.vertices), f"an operator of {pair} is adrift"
     for key, work in state.works.items():
         assert work.key == key
         _check_work(state, work)
