@@ -92,6 +92,7 @@ def state_of(reason: str) -> str:
 def _lost(history: History) -> Iterator[Violation]:
     ends = {entry.run: entry for entry in history.of(LedgerEnd)}
     in_ledger = {entry.run for entry in history.of(LedgerAcceptance)}
+    yield from _too_soon(history)
     told = {entry.run for entry in history.of(Told) if entry.what == "accepted"}
     for run in sorted(told - in_ledger):
         yield Violation(LOST, run, "the client was told that it is accepted; the ledger does not know it")
@@ -100,6 +101,20 @@ def _lost(history: History) -> Iterator[Violation]:
     for run, end in sorted(ends.items()):
         if not end.reason or not end.actor:
             yield Violation(LOST, run, f"ended without saying why and by whom (reason {end.reason!r}, actor {end.actor!r})")
+
+
+def _too_soon(history: History) -> Iterator[Violation]:
+    """Yield what clients were told before the ledger showed it: had the leader died then, nobody would have known."""
+    shown: dict[str, int] = {}
+    for stored in history.of(Stored):
+        if stored.kind == "accepted":
+            shown.setdefault(stored.subject.rpartition(".")[2], stored.at_us)
+    for entry in history.of(Told):
+        if entry.what == "accepted" and entry.at_us < shown.get(entry.run, 0):
+            early_s = (shown[entry.run] - entry.at_us) / 1e6
+            yield Violation(
+                LOST, entry.run, f"the client was told that it is accepted {early_s:.3f} s before the ledger showed it"
+            )
 
 
 # --- doubled ---------------------------------------------------------------------------------------------------------
