@@ -147,7 +147,7 @@ def _costs(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
 
 def _runs(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, Any]]:
     limit = int(args.get("limit", 100))
-    rows = [_run_row(run) for run in leader.state.runs.values() if run.tenant == tenant]
+    rows = [_run_row(leader, run) for run in leader.state.runs.values() if run.tenant == tenant]
     known = {row["run"] for row in rows}
     for (owner, run), (end, acceptance) in leader.state.ended.items():
         if owner == tenant and run not in known:
@@ -156,25 +156,33 @@ def _runs(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, A
     return rows[:limit]
 
 
-def state_of(run: Run) -> str:
-    """Return the state of a run in one word."""
-    if run.end is None:
-        return "accepted"
-    return _end_state(run.end)
+def told_end(leader: Leader, run: Run) -> RunEnd | None:
+    """Return how a run ended once that follows from the ledger, None before: another leader would say otherwise."""
+    is_sure = run.id_pair not in leader.hands.failing and not leader.requests.is_accepting(run.id_pair)
+    return run.end if is_sure else None
+
+
+def state_of(leader: Leader, run: Run) -> str:
+    """Return the state of a run in one word, as far as the ledger shows it."""
+    end = told_end(leader, run)
+    if end is not None:
+        return _end_state(end)
+    return "received" if leader.requests.is_accepting(run.id_pair) else "accepted"
 
 
 def _end_state(end: RunEnd) -> str:
     return {"succeeded": "succeeded", "cancelled": "cancelled"}.get(end.reason, "failed")
 
 
-def _run_row(run: Run) -> dict[str, Any]:
+def _run_row(leader: Leader, run: Run) -> dict[str, Any]:
+    end = told_end(leader, run)
     return {
         "run": run.id,
         "name": run.manifest.name,
-        "state": state_of(run),
-        "reason": run.end.reason if run.end else run.reason,
+        "state": state_of(leader, run),
+        "reason": end.reason if end else run.reason,
         "accepted_at_us": run.acceptance.accepted_at_us,
-        "ended_at_us": run.end.ended_at_us if run.end else 0,
+        "ended_at_us": end.ended_at_us if end else 0,
         "counts": {name: n for name, n in run.counts.items() if n},
     }
 
@@ -226,9 +234,9 @@ def find_run(leader: Leader, tenant: str, run_id: Any) -> Run:
 def _run(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
     run = find_run(leader, tenant, args.get("run"))
     offset, limit = max(0, int(args.get("offset", 0))), max(1, int(args.get("limit", ROWS_DEFAULT)))
-    end = run.end
+    end = told_end(leader, run)
     return {
-        **_run_row(run),
+        **_run_row(leader, run),
         "actor": end.actor if end else run.actor,
         "detail": end.detail if end else run.detail,
         "manifest": cid_text(run.acceptance.manifest),

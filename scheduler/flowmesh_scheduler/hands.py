@@ -33,6 +33,8 @@ class Hands:
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
         self._ending: dict[tuple[str, str], bytes] = {}
+        self.failing: set[tuple[str, str]] = set()
+        """Runs whose end is no success and not in the ledger yet: another leader could still end them otherwise."""
 
     def carry_out(self, command: c.Command) -> None:
         """Do what one command says."""
@@ -54,7 +56,23 @@ class Hands:
         self._leader.ledger.write(subjects.ledger_accepted(*pair), record, accepted)
 
     def _assign(self, command: c.Assign) -> None:
+        if not command.may_run_in_vain and (waiting := self._unaccepted(command.assignment.id)):
+            self._leader.spawn(self._assign_later(command, waiting))
+            return
         self._leader.queue.hand_over(command.assignment, may_run_in_vain=command.may_run_in_vain)
+
+    def _unaccepted(self, assignment: str) -> list[asyncio.Future[bool]]:
+        """Return what tells that the ledger shows the runs of an assignment; nothing for those that it shows already."""
+        outstanding = self._leader.state.assignments.get(assignment)
+        works = outstanding.open.values() if outstanding is not None else ()
+        runs = {vertex.run.id_pair for work in works for vertex in work.waiters}
+        return [future for pair in runs if (future := self._leader.requests.accepting(pair)) is not None]
+
+    async def _assign_later(self, command: c.Assign, waiting: list[asyncio.Future[bool]]) -> None:
+        """Give out what has effects once its run is accepted: another leader, who knows no run, would give it out again."""
+        await asyncio.wait(waiting)
+        if command.assignment.id in self._leader.state.assignments:
+            self._leader.queue.hand_over(command.assignment, may_run_in_vain=False)
 
     def _commit(self, command: c.CommitResults) -> None:
         records = [(key, record_cid(block)) for key, _, block in command.records]
@@ -119,7 +137,9 @@ class Hands:
     def _record_cancel(self, command: c.RecordCancel) -> None:
         cancellation = command.cancellation
         pair = (cancellation.tenant, cancellation.run)
-        self._leader.ledger.write(subjects.ledger_cancelled(*pair), encode_record(cancellation))
+        self._leader.requests.recording(pair)
+        recorded = partial(self._leader.requests.cancelled, pair)
+        self._leader.ledger.write(subjects.ledger_cancelled(*pair), encode_record(cancellation), lambda _: recorded())
         self._leader.feeds.tell(*pair, "cancelling", {"actor": cancellation.actor})
 
     def _record_health(self, command: c.RecordHealth) -> None:
@@ -137,8 +157,10 @@ class Hands:
         end = command.end
         pair = (end.tenant, end.run)
         if command.state != "succeeded":
+            self.failing.add(pair)
 
             def written(_: int) -> None:
+                self.failing.discard(pair)
                 self._leader.feeds.tell(*pair, "ended", plain_end(end))
                 self._leader.keepers.ended(pair)
                 self._leader.apply(e.Ended(*pair))

@@ -37,6 +37,8 @@ class Requests:
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
         self._accepting: dict[tuple[str, str], asyncio.Future[bool]] = {}
+        self._cancelling: dict[tuple[str, str], asyncio.Future[bool]] = {}
+        self._recording: set[tuple[str, str]] = set()
         self._unsettled: set[int] = set()
         self._read = 0
         self._removed = 0
@@ -94,8 +96,7 @@ class Requests:
         """Take a submission or cancellation; the future tells when the ledger shows it, None that nobody has to wait."""
         tenant = subject.rpartition(".")[2]
         if subject.startswith(subjects.cancel("")):
-            self._cancel(tenant, data)
-            return None
+            return self._cancel(tenant, data)
         return self._submission(tenant, data, is_copy=is_copy)
 
     def _submission(self, tenant: str, data: bytes, *, is_copy: bool) -> asyncio.Future[bool] | None:
@@ -198,6 +199,10 @@ class Requests:
         """Tell whether a submission of this run is on its way into the ledger."""
         return pair in self._accepting
 
+    def accepting(self, pair: tuple[str, str]) -> asyncio.Future[bool] | None:
+        """Return what tells when the ledger shows a run that is on its way into it, None for any other."""
+        return self._accepting.get(pair)
+
     def settle(self, pair: tuple[str, str], is_accepted: bool) -> None:
         future = self._accepting.pop(pair, None)
         if future is not None and not future.done():
@@ -207,26 +212,55 @@ class Requests:
         """A run is submitted again: say where it stands."""
         state, feeds = self._leader.state, self._leader.feeds
         run = state.runs.get(pair)
-        end = run.end if run is not None else state.ended[pair][0]
+        end = asks.told_end(self._leader, run) if run is not None else state.ended[pair][0]
         feed = feeds.feed(*pair, run.acceptance.encoding if run is not None else "msgpack")
         if run is not None:
             feeds.send(feed, "accepted", {"name": run.manifest.name, "operators": len(run.vertices)})
         if end is not None:
             feeds.send(feed, "ended", asks.plain_end(end))
 
-    def _cancel(self, tenant: str, data: bytes) -> None:
+    def _cancel(self, tenant: str, data: bytes) -> asyncio.Future[bool] | None:
+        """Take a cancellation; the future tells when the ledger shows it: until then its copy in the stream must stay."""
         try:
             message = msgspec.json.decode(data, type=asks.JsonCancel) if is_json(data) else decode(data, Cancel)
         except (msgspec.DecodeError, UsageError) as error:
             log.info("unreadable cancellation: %s", error)
-            return
+            return None
         actor = message.actor or self._leader.tenant_names.get(tenant, "tenant")
         cancel = e.CancelRequested(tenant, message.run, actor)
-        accepting = self._accepting.get((tenant, message.run))
+        pair = (tenant, message.run)
+        accepting = self._accepting.get(pair)
         if accepting is None:
             self._leader.apply(cancel)
-        else:  # the run is still on its way in: it is cancelled as soon as it is there
-            accepting.add_done_callback(lambda done: None if done.cancelled() else self._leader.apply(cancel))
+            return self._cancelling.get(pair)
+
+        def accepted(done: asyncio.Future[bool]) -> None:
+            if not done.cancelled():
+                self._leader.apply(cancel)
+                if pair not in self._recording:
+                    self.cancelled(pair)
+
+        # the run is still on its way in: it is cancelled as soon as it is there
+        accepting.add_done_callback(accepted)
+        return self._cancelled_later(pair)
+
+    def recording(self, pair: tuple[str, str]) -> None:
+        """A cancellation is on its way into the ledger."""
+        self._recording.add(pair)
+        self._cancelled_later(pair)
+
+    def _cancelled_later(self, pair: tuple[str, str]) -> asyncio.Future[bool]:
+        future = self._cancelling.get(pair)
+        if future is None:
+            future = self._cancelling[pair] = asyncio.get_running_loop().create_future()
+        return future
+
+    def cancelled(self, pair: tuple[str, str]) -> None:
+        """The ledger shows a cancellation, or there is nothing to cancel."""
+        self._recording.discard(pair)
+        future = self._cancelling.pop(pair, None)
+        if future is not None and not future.done():
+            future.set_result(True)
 
     def _on_ask(self, delivery: Delivery) -> None:
         self._leader.spawn(self._answer(delivery, asks.answer))
