@@ -14,7 +14,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -142,8 +142,11 @@ async def node_of(run: Run) -> str:
         await asyncio.sleep(0.02)
 
 
-async def disturbed(mesh: EmbeddedMesh, run: Run, kill_at: int) -> Outcome:
-    """Kill the node that trains once it has told of step ``kill_at``; return what became of the training."""
+async def disturbed(mesh: EmbeddedMesh, run: Run, kill_at: int, then: Callable[[], object] | None = None) -> Outcome:
+    """Kill the node that trains once it has told of step ``kill_at``; return what became of the training.
+
+    ``then`` is called when another node has gone on with it.
+    """
     watched = Watched()
     following = asyncio.create_task(watched.follow(run))
     async with asyncio.timeout(DEADLINE_S):
@@ -153,6 +156,9 @@ async def disturbed(mesh: EmbeddedMesh, run: Run, kill_at: int) -> Outcome:
         killed_s = time.monotonic()
         await asyncio.sleep(0.2)  # lines that were on their way
         killed_at, watched.last_step = watched.last_step, 0
+        if then is not None:
+            await watched.reached(1)
+            then()
         results = await results_of(run)
         await following
     (row,) = await run.operators()
