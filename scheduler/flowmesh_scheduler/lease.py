@@ -26,7 +26,7 @@ from flowmesh_mesh.messages import Lease, decode, encode
 
 log = logging.getLogger("flowmesh.scheduler")
 
-LEASE_S = 2.5
+LEASE_S = 2.0
 """How long a lease lasts without being renewed; standbys count it themselves."""
 
 BROKER_LEASE_S = 3.0
