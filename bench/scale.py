@@ -49,6 +49,7 @@ IDLE_S = 10.0
 RUN_OPERATORS = 3000
 BUSY_S = 30.0
 DEADLINE_S = 300.0
+PARTS = ("idle", "work", "takeover", "storm", "stop")
 POLL_S = 1.0
 """How long a question waits that a leader may have taken with it; a client is more patient."""
 
@@ -292,17 +293,19 @@ class Scale:
         self.figures.add("busy.nodes", float((await self.fakes())["held"]), "nodes")
         return run
 
-    async def run_parts(self) -> None:
-        """Measure all of it."""
+    async def run_parts(self, parts: list[str]) -> None:
+        """Measure what is wanted, in the order of PARTS; every part needs that the nodes have joined."""
         await self.join()
-        await self.idle()
+        for part in PARTS:
+            if part in parts:
+                await getattr(self, part)()
+
+    async def work(self) -> None:
+        """Short operators while all nodes are idle, and while they are busy."""
         await self._throughput("idle")
         run = await self.busy()
         await self._throughput("busy")
         await self._repeats("before", run)
-        await self.take_over(await self.busy())
-        await self.storm(await self.busy())
-        await self.stop_broker()
 
     async def _repeats(self, when: str, run: Any) -> None:
         """Wait for a run of sleepers; tell how many of its operators were begun more than once."""
@@ -311,8 +314,9 @@ class Scale:
         rows = await run.operators()
         self.figures.add(f"{when}.begun_again", float(sum(row["attempt"] > 1 for row in rows)), "operators", exactly=0)
 
-    async def take_over(self, run: Any) -> None:
+    async def takeover(self) -> None:
         """Kill the leader: until the other counts every node, and takes work."""
+        run = await self.busy()
         leader = await self.leader()
         began = time.monotonic()
         process = self._schedulers.pop(leader)
@@ -323,6 +327,9 @@ class Scale:
         answered_s = time.monotonic() - began
         await self.until("all nodes with the next leader", self.all_active)
         took_s = time.monotonic() - began
+        told = (await self._status()).get("takeover") or {}
+        for phase, seconds in (told.get("phases_s") or {}).items():
+            self.figures.add(f"takeover.phase.{phase}", seconds, "s")
         self.figures.add("takeover.leader_answers", answered_s, "s", at_most=TAKEOVER_BAR_S)
         self.figures.add("takeover.all_nodes", took_s, "s", at_most=TAKEOVER_BAR_S)
         first = await self.client.submit(document({"one": noop(next(self._nonces))}, "one"))
@@ -332,8 +339,9 @@ class Scale:
         await self._repeats("takeover", run)
         self._start_scheduler(leader)
 
-    async def storm(self, run: Any) -> None:
+    async def storm(self) -> None:
         """Kill the broker and start it again: every connection is cut at once; nobody may be declared lost."""
+        run = await self.busy()
         child = self.broker.child
         assert child is not None
         lost = 0
@@ -355,7 +363,7 @@ class Scale:
         await self._repeats("storm", run)
         self._memory("storm")
 
-    async def stop_broker(self) -> None:
+    async def stop(self) -> None:
         """Stop the broker: how long it takes by itself, and that killing it after the budget loses nothing."""
         before = await self._consumers()
         child = self.broker.child
@@ -400,7 +408,7 @@ async def measure(args: argparse.Namespace, figures: Figures) -> None:
         scale = Scale(Path(folder), args.nodes, args.aside, figures)
         try:
             await scale.start()
-            await scale.run_parts()
+            await scale.run_parts(args.parts.split(","))
         except Exception:
             _show_logs(Path(folder))
             raise
@@ -413,6 +421,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
     parser.add_argument("--nodes", type=int, default=NODES)
     parser.add_argument("--aside", type=int, default=2, help="idle connections beside each node's own (default %(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, default=None, help="where to make the temporary folder")
     parser.add_argument("--out", type=Path, default=Path("out/scale.jsonl"))
