@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,12 +14,17 @@ from typing import Any
 
 import pytest
 
+from flowmesh_cas.cid import DAG_CBOR, cid_of
+from flowmesh_cas.errors import UsageError
+from flowmesh_cas.store import MemoryStore
 from flowmesh_deploy.embedded import EmbeddedMesh, embedded_mesh
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.client import Run, connect
 from flowmesh_mesh.client.mesh import Mesh
+from flowmesh_mesh.compiler import compile_document
 from flowmesh_mesh.credentials import Credentials
+from flowmesh_mesh.manifest import Acceptance, RunEnd, encode_record
 from flowmesh_mesh.results import Results
 
 TENANTS = ("team-a", "team-b")
@@ -93,6 +100,35 @@ def lose_what_the_scheduler_has(mesh: EmbeddedMesh) -> None:
         shutil.rmtree(mesh.layout.scheduler_folder("scheduler") / name)
 
 
+def configure(mesh: EmbeddedMesh, **settings: Any) -> None:
+    path = mesh.layout.scheduler_file("scheduler")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def kinds(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    return [(each["kind"], each["run"], each["repaired"]) for each in found["findings"]]
+
+
+async def audit_command(mesh: EmbeddedMesh, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    """Run the command as a person would; return its exit code and what it found."""
+    command = str(Path(sys.executable).with_name("flowmesh"))
+    arguments = ["audit", "--json", "--context", mesh.path, *options]
+    process = await asyncio.create_subprocess_exec(command, *arguments, stdout=asyncio.subprocess.PIPE)
+    output, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    return process.returncode or 0, json.loads(output)["findings"]
+
+
+async def plant(mesh: EmbeddedMesh, entries: dict[str, bytes]) -> None:
+    """Write what no leader wrote into the streams."""
+    credentials = Credentials.load(mesh.layout.credentials / "scheduler.creds")
+    bus = await Bus.connect(mesh.urls, credentials, name="test", inbox=subjects.inbox_prefix("scheduler"))
+    try:
+        for subject, data in entries.items():
+            await bus.store(subject, data)
+    finally:
+        await bus.close()
+
+
 async def ledger(mesh: EmbeddedMesh) -> dict[str, bytes]:
     """Return the entries of the ledger by subject."""
     credentials = Credentials.load(mesh.layout.credentials / "scheduler.creds")
@@ -138,3 +174,74 @@ async def test_no_accepted_run_is_lost_with_the_whole_store_of_the_broker(tmp_pa
         else:
             assert runs.ended.id not in known  # its end is gone with every folder that knew it, and so is its acceptance
             assert runs.cancelled.id not in known
+
+
+async def test_a_client_that_waits_submits_again_what_only_it_still_knows(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        mesh = await stack.enter_async_context(embedded_mesh(tmp_path / "mesh", nodes=1, tenants=["team-a"]))
+        configure(mesh, keepers=0)
+        await mesh.restart("scheduler")
+        team_a = await stack.enter_async_context(connect(mesh, "team-a"))
+        run = await team_a.submit(document("small", {"a": slow(1)}))
+        forgotten = await team_a.submit(document("forgotten", {"a": slow(2)}))
+        await forgotten.close()
+        waiting = asyncio.create_task(run.wait(DEADLINE_S))
+        lose_the_store(mesh)
+        lose_what_the_scheduler_has(mesh)
+        await mesh.start("broker")
+        await mesh.start("scheduler")
+        assert (await waiting).state == "succeeded"
+        found = await team_a.audit()
+        assert ("submission-lost", forgotten.id, False) in kinds(found)
+        repaired = await team_a.audit(is_repairing=True)
+        assert ("submission-lost", forgotten.id, True) in kinds(repaired)
+        assert (await (await team_a.run(forgotten.id)).wait(DEADLINE_S)).state == "succeeded"
+        assert [each for each in kinds(await team_a.audit()) if each[0] == "submission-lost"] == []
+
+
+async def test_the_audit_finds_what_does_not_fit_and_repairs_what_can_be(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        mesh = await stack.enter_async_context(embedded_mesh(tmp_path / "mesh", nodes=1, tenants=list(TENANTS)))
+        team_a = await stack.enter_async_context(connect(mesh, "team-a"))
+        team_b = await stack.enter_async_context(connect(mesh, "team-b"))
+        await (await team_a.submit(document("ended", {"a": {"type": "flow.noop"}}))).result(DEADLINE_S)
+        assert await audit_command(mesh) == (0, [])
+        tenant = mesh.tenant("team-a").account
+        planted = document("planted", {"a": {"type": "flow.noop", "with": {"nonce": 3}}})
+        compiled = compile_document(planted, base=None, params={}, store=MemoryStore())
+        gone = cid_of(DAG_CBOR, b"a manifest that nobody has")
+        await plant(
+            mesh,
+            {
+                subjects.ledger_accepted(tenant, "planted"): encode_record(
+                    Acceptance(tenant, "planted", compiled.cid, 1, blocks=[compiled.manifest_block])
+                ),
+                subjects.ledger_accepted(tenant, "gone"): encode_record(Acceptance(tenant, "gone", gone, 1, name="gone")),
+                subjects.ledger_ended(tenant, "unfounded"): encode_record(
+                    RunEnd(tenant, "unfounded", "succeeded", "scheduler", 1)
+                ),
+                subjects.assign("ghost", "a.1"): b"an assignment of nobody",
+            },
+        )
+        code, found = await audit_command(mesh)
+        assert code == 1
+        assert {(each["kind"], each["run"], each["repaired"]) for each in found} == {
+            ("run-unknown", "planted", True),
+            ("run-unknown", "gone", False),
+            ("manifest-gone", "gone", False),
+            ("end-unfounded", "unfounded", True),
+            ("assignment-astray", "", False),
+        }
+        assert (await (await team_a.run("planted")).wait(DEADLINE_S)).state == "succeeded"
+        assert (await team_b.audit())["findings"] != []  # here every tenant may act for all
+        code, found = await audit_command(mesh, "--repair")
+        assert code == 0
+        assert {each["kind"] for each in found} >= {"manifest-gone", "assignment-astray"}
+        ended = await (await team_a.run("gone")).wait(DEADLINE_S)
+        assert (ended.state, ended.reason, ended.actor) == ("failed", "input-missing", "audit")
+        assert "manifest is gone" in ended.detail
+        configure(mesh, tenants_may_cordon=False)
+        await mesh.restart("scheduler")
+        assert {each["run"] for each in (await team_b.audit())["findings"]} <= {""}
+        with pytest.raises(UsageError, match="may not do what concerns every tenant"):
+            await team_b.audit(is_repairing=True)
