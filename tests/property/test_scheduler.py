@@ -167,3 +167,8 @@ def test_a_deadline_ends_a_run_or_the_run_ends_before() -> None:
             if has_deadline and end.reason == "timeout" and end.actor == "scheduler":
                 continue
             compare(world, request)
+
+
+def test_attempts_of_random_worlds_go_on_from_checkpoints() -> None:
+    worlds = [play(kind, seed)[0] for kind in ("dying nodes", "everything") for seed in range(3)]
+    assert sum(world.checkpoints.resumed for world in worlds) > 0

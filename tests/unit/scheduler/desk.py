@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tests.unit.scheduler.flows import SECOND, content, manifest_cid, node_record, result_of
 
 from flowmesh_mesh.manifest import Manifest, Metered, Ref, ResultRecord, RunEnd, decode_record, record_cid
-from flowmesh_mesh.messages import Abort, Assignment, Beat, Commit, Done, Item, NodeRecord, Outcome
+from flowmesh_mesh.messages import Abort, Assignment, Beat, Checkpoint, Commit, Done, Item, NodeRecord, Outcome
 from flowmesh_mesh.subjects import HUB
 from flowmesh_scheduler.core import commands as c
 from flowmesh_scheduler.core import events as e
@@ -282,7 +282,7 @@ class Desk:
         ended = [(end, self.manifests[pair][0]) for pair, end in self.ended.items()]
         return e.Recovered(results, live, ended, list(self.assigned.values()))
 
-    def successor(self, *nodes: str, **fields: Any) -> Desk:
+    def successor(self, *nodes: str, pointers: Sequence[Checkpoint] = (), **fields: Any) -> Desk:
         """Return a new leader that has taken over, with the nodes that it knows of."""
         desk = Desk(
             self.settings, self.epoch + 100, now_us=self.now_us, ledger=dict(self.ledger), ended=dict(self.ended), **fields
@@ -298,7 +298,7 @@ class Desk:
                 for source in (s for sources in each.inputs.values() for s in sources if s.ref is not None):
                     assert source.ref is not None
                     desk.state.places.setdefault(source.ref.cid, set()).add(HUB)
-        desk.apply(self.recovered())
+        desk.apply(*(e.Checkpointed(made) for made in pointers), self.recovered())
         return desk
 
 
