@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,22 @@ def lose_the_store(mesh: EmbeddedMesh) -> None:
     shutil.rmtree(mesh.layout.broker_folder("broker") / "jetstream")
 
 
-def lose_what_the_scheduler_has(mesh: EmbeddedMesh) -> None:
-    """Kill the scheduler and delete all of its folder that is not the mesh's secret or its configuration."""
-    mesh.kill("scheduler", is_held=True)
+def lose_what_a_scheduler_has(mesh: EmbeddedMesh, process: str = "scheduler") -> None:
+    """Kill a scheduler and delete all of its folder that is not the mesh's secret or its configuration."""
+    mesh.kill(process, is_held=True)
     for name in ("store", "journal", "kept"):
-        shutil.rmtree(mesh.layout.scheduler_folder("scheduler") / name)
+        shutil.rmtree(mesh.layout.scheduler_folder(process) / name)
+
+
+async def has_standby(client: Mesh) -> bool:
+    return any(each["role"] == "standby" for each in (await client.status())["schedulers"])
+
+
+async def leading(mesh: EmbeddedMesh, client: Mesh) -> str:
+    """Return the name of the process that leads."""
+    identity = (await client.status())["leader"]["id"]
+    names = {json.loads(mesh.layout.scheduler_file(name).read_text())["name"]: name for name in mesh.process_names("scheduler")}
+    return names[identity]
 
 
 def configure(mesh: EmbeddedMesh, **settings: Any) -> None:
@@ -145,35 +157,49 @@ def assert_single_results(entries: dict[str, bytes]) -> None:
     assert set(generations) == {"0"}
 
 
-@pytest.mark.parametrize("is_scheduler_lost", [False, True], ids=["schedulers keep theirs", "schedulers lose theirs too"])
-async def test_no_accepted_run_is_lost_with_the_whole_store_of_the_broker(tmp_path: Path, is_scheduler_lost: bool) -> None:
+@pytest.mark.parametrize(
+    ("schedulers", "is_leader_lost"),
+    [(1, False), (1, True), (2, True)],
+    ids=[
+        "the scheduler keeps its folder",
+        "the only scheduler loses its folder too",
+        "the leader loses its folder, a standby does not",
+    ],
+)
+async def test_no_accepted_run_is_lost_with_the_whole_store_of_the_broker(
+    tmp_path: Path, schedulers: int, is_leader_lost: bool
+) -> None:
     async with AsyncExitStack() as stack:
-        mesh = await stack.enter_async_context(embedded_mesh(tmp_path / "mesh", nodes=2, tenants=list(TENANTS)))
+        folder, tenants = tmp_path / "mesh", list(TENANTS)
+        mesh = await stack.enter_async_context(embedded_mesh(folder, nodes=2, tenants=tenants, schedulers=schedulers))
         team_a = await stack.enter_async_context(connect(mesh, "team-a"))
         team_b = await stack.enter_async_context(connect(mesh, "team-b"))
+        if schedulers > 1:
+            await until(partial(has_standby, team_a))
         runs = await submit_all(team_a, team_b, tmp_path)
+        if schedulers > 1:
+            assert any(name.startswith("hub-") for name in (await team_a.status())["keepers"]["holders"])
         waiting = {name: asyncio.create_task(run.wait(DEADLINE_S)) for name, run in runs.live.items()}
+        leader = await leading(mesh, team_a)
         lose_the_store(mesh)
-        if is_scheduler_lost:
-            lose_what_the_scheduler_has(mesh)
+        if is_leader_lost:
+            lose_what_a_scheduler_has(mesh, leader)
         # nobody asks a client's journal here: what is proved is what the mesh itself still knows
         team_a.journal = team_b.journal = None
         await mesh.start("broker")
-        if is_scheduler_lost:
-            await mesh.start("scheduler")
+        if is_leader_lost and schedulers == 1:
+            await mesh.start(leader)
         results: dict[str, Results] = {name: await task for name, task in waiting.items()}
         assert {name: each.state for name, each in results.items()} == dict.fromkeys(results, "succeeded")
-        rows = await (await team_a.run(runs.live["large"].id)).outputs("first")
-        assert rows
-        entries = await ledger(mesh)
-        assert_single_results(entries)
+        assert await (await team_a.run(runs.live["large"].id)).outputs("first")
+        assert_single_results(await ledger(mesh))
         known = {row["run"]: row for row in await team_a.runs()}
-        if not is_scheduler_lost:
-            assert known[runs.ended.id]["ended_at_us"] == runs.ended_at_us
-            assert known[runs.cancelled.id]["state"] == "cancelled"
-        else:
+        if is_leader_lost and schedulers == 1:
             assert runs.ended.id not in known  # its end is gone with every folder that knew it, and so is its acceptance
             assert runs.cancelled.id not in known
+        else:
+            assert known[runs.ended.id]["ended_at_us"] == runs.ended_at_us
+            assert known[runs.cancelled.id]["state"] == "cancelled"
 
 
 async def test_a_client_that_waits_submits_again_what_only_it_still_knows(tmp_path: Path) -> None:
@@ -187,7 +213,7 @@ async def test_a_client_that_waits_submits_again_what_only_it_still_knows(tmp_pa
         await forgotten.close()
         waiting = asyncio.create_task(run.wait(DEADLINE_S))
         lose_the_store(mesh)
-        lose_what_the_scheduler_has(mesh)
+        lose_what_a_scheduler_has(mesh)
         await mesh.start("broker")
         await mesh.start("scheduler")
         assert (await waiting).state == "succeeded"
