@@ -17,7 +17,7 @@ import asyncio
 import base64
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from nats import errors
@@ -58,6 +58,30 @@ _HARMLESS = ("maximum subscriptions exceeded", "invalid subscription", "invalid 
 
 Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply, data and raw headers, in the read loop: must be quick and not block."""
+
+
+async def _within(deadline_s: float, work: Coroutine[Any, Any, None]) -> None:
+    """Do ``work`` within ``deadline_s`` or raise TimeoutError; nothing of it is left afterwards.
+
+    It is cancelled until it ends: the loops around attempts to connect may swallow a cancellation and go on for ever.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=deadline_s)
+        if not task.done():
+            raise TimeoutError
+    finally:
+        await _end(task)
+    await task
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task until it has ended."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.05)
+    if not task.cancelled():
+        task.exception()  # it has been looked at
 
 
 class CredentialsRefusedError(UsageError):
@@ -117,25 +141,10 @@ class Connection(Client):  # type: ignore[misc]
             signer = credentials
             options["user_jwt_cb"] = lambda: signer.jwt.encode()
             options["signature_cb"] = lambda nonce: base64.b64encode(signer.sign(nonce.encode()))
+        options |= callbacks
         try:
-            async with asyncio.timeout(deadline_s):
-                await self.connect(
-                    urls,
-                    name=name,
-                    inbox_prefix=inbox,
-                    ping_interval=PING_S,
-                    max_outstanding_pings=2,
-                    reconnect_time_wait=0.05,
-                    max_reconnect_attempts=-1,
-                    pending_size=PENDING_MAX_BYTES,
-                    reconnect_to_server_handler=self._next_server,
-                    **options,
-                    **callbacks,
-                )
-                if not self.is_connected:
-                    raise errors.ConnectionClosedError
-                await self.flush()
-        except CredentialsRefusedError:
+            await _within(deadline_s, self._connect(urls, name=name, inbox_prefix=inbox, **options))
+        except (CredentialsRefusedError, asyncio.CancelledError):
             await self.shut()
             raise
         except (TimeoutError, OSError, errors.Error) as error:
@@ -146,6 +155,21 @@ class Connection(Client):  # type: ignore[misc]
                 hint="Start the mesh with `flowmesh up`, or check the address of the broker.",
             ) from error
         self._is_first = False
+
+    async def _connect(self, urls: list[str], **options: Any) -> None:
+        await self.connect(
+            urls,
+            ping_interval=PING_S,
+            max_outstanding_pings=2,
+            reconnect_time_wait=0.05,
+            max_reconnect_attempts=-1,
+            pending_size=PENDING_MAX_BYTES,
+            reconnect_to_server_handler=self._next_server,
+            **options,
+        )
+        if not self.is_connected:
+            raise errors.ConnectionClosedError
+        await self.flush()
 
     def _next_server(self, servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:
         """Choose where to reconnect, and after which random wait in seconds.
@@ -276,4 +300,4 @@ class Connection(Client):  # type: ignore[misc]
         finally:
             self._status = Client.CLOSED
             if self._reconnection_task is not None:
-                self._reconnection_task.cancel()
+                await _end(self._reconnection_task)

@@ -170,6 +170,29 @@ async def test_a_frozen_broker_is_left_without_help(three: Three) -> None:
         three.signal(frozen, signal.SIGCONT)
 
 
+async def test_an_attempt_to_connect_ends_when_it_is_told_to() -> None:
+    dead = [f"nats://127.0.0.1:{choose_port()}" for _ in range(3)]
+
+    async def attempt() -> None:
+        async with asyncio.timeout(0.3):
+            await Bus.connect(dead, None, name="test", inbox="_INBOX", deadline_s=600.0)
+
+    attempts = asyncio.gather(*(attempt() for _ in range(60)), return_exceptions=True)
+    found = await asyncio.wait_for(attempts, 30.0)
+    assert all(isinstance(error, TimeoutError) for error in found)
+
+
+async def test_a_connection_without_a_broker_can_be_closed(three: Three) -> None:
+    buses = [await three.connect() for _ in range(20)]
+    for broker in three.brokers:
+        three.signal(broker, signal.SIGKILL)
+    await until("the loss", lambda: not any(bus.connected for bus in buses))
+    await asyncio.sleep(0.3)
+    await asyncio.wait_for(asyncio.gather(*(bus.close() for bus in buses)), 30.0)
+    left = [bus.connection._reconnection_task for bus in buses]
+    assert all(task is None or task.done() for task in left)
+
+
 async def test_brokers_tell_no_addresses_that_were_not_listed(three: Three) -> None:
     bus = await three.connect(three.urls[:1])
     await make_stream(bus, "ANY")

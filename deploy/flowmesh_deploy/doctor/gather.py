@@ -29,7 +29,7 @@ LISTEN_S = 2.2
 """Heartbeats come every second."""
 
 ANSWER_S = 1.0
-CONNECT_S = 5.0
+CONNECT_S = 3.0
 
 
 # --- brokers and their streams
@@ -186,10 +186,10 @@ async def _listen(facts: Facts, bus: Bus) -> None:
 async def ask_leader(facts: Facts, context: Context) -> None:
     """Ask the leader as any client may."""
     try:
-        async with asyncio.timeout(2 * CONNECT_S), connect(context) as mesh:
+        async with asyncio.timeout(CONNECT_S + ANSWER_S), connect(context) as mesh:
             facts.status = await mesh.status()
     except TimeoutError:
-        facts.silent["mesh"] = "no answer"
+        facts.silent["mesh"] = f"no answer at {', '.join(context.urls) or 'no known address'}"
     except TransientError as error:
         if not error.message.startswith("no broker answers"):
             return  # brokers are there: nobody leads
