@@ -38,7 +38,7 @@ from flowmesh_scheduler.reports import Reports
 from flowmesh_scheduler.requests import Requests
 from flowmesh_scheduler.standby_keeper import StandbyKeeper
 from flowmesh_scheduler.standbys import Highest, Presence, Vacancy
-from flowmesh_scheduler.takeover import Report, Stopwatch, collection_put_off, lacking_streams, make_streams, read_state
+from flowmesh_scheduler.takeover import Found, Report, Stopwatch, collection_put_off, lacking_streams, make_streams, read_state
 
 log = logging.getLogger("flowmesh.scheduler")
 
@@ -137,17 +137,14 @@ class Leader:
             self._listening += await self.checkpoints.listen()
             self.bus.post(subjects.ALL_NODES_CONTROL, encode(self._epoch_record()))
             await self.keepers.restore_ledger()
-            found = await read_state(self.bus, self.hub, self.state, self.queue)
-            await self.costs.read()
+            watch.lap("restore")
+            reading = read_state(self.bus, self.hub, self.state, self.queue)
+            found, _, _ = await asyncio.gather(reading, self.costs.read(), self.checkpoints.recover())
             watch.lap("read")
-            self._begin_recording()
-            self.is_ready = True
             await self.reports.join_all(found.nodes)
             watch.lap("nodes")
-            self.lease.beat(STEP_ALLOWANCE_S)
-            await self.checkpoints.recover()
-            self.apply(found.recovered)
-            self.lease.beat()
+            self._begin_recording()
+            early = self._rebuild(found)
             watch.lap("rebuild")
         if self.lost.done():
             return
@@ -156,7 +153,6 @@ class Leader:
             feed = self.feeds.feed(acceptance.acceptance.tenant, acceptance.acceptance.run, acceptance.acceptance.encoding)
             self.feeds.open(feed)
         self.keepers.begin(found.lost)
-        early, self._early = self._early, []
         for event in early:
             self.apply(event)
         watch.lap("act")
@@ -164,6 +160,21 @@ class Leader:
         await self.bus.flush()
         watch.lap("listen")
         log.warning("leading with epoch %d: %s", self.state.epoch, self.report.text())
+
+    def _rebuild(self, found: Found) -> list[e.Event]:
+        """Let the core take over: nodes and checkpoints first, then runs and assignments. Return what else came meanwhile.
+
+        A heartbeat must not come before: it names assignments that the core would not know yet, and have stopped.
+        """
+        early, self._early = self._early, []
+        self.is_ready = True
+        for event in early:
+            if isinstance(event, e.NodeJoined | e.Checkpointed):
+                self.apply(event)
+        self.lease.beat(STEP_ALLOWANCE_S)
+        self.apply(found.recovered)
+        self.lease.beat()
+        return [event for event in early if not isinstance(event, e.NodeJoined | e.Checkpointed)]
 
     def _epoch_record(self) -> Epoch:
         return Epoch(self.state.epoch, self.name, self.lease.revision, self.since_us, WIRE_VERSION)

@@ -8,7 +8,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,6 +34,8 @@ from flowmesh_scheduler.core.state import State
 from flowmesh_scheduler.hub import Hub, name_blocks
 
 log = logging.getLogger("flowmesh.scheduler")
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -62,7 +64,8 @@ class Report:
         """Return it in one line, for the log."""
         silent = "" if self.silent_s is None else f", {self.silent_s:.3f} s after the last sign of {self.previous}"
         told = f"{self.runs} runs, {self.operators} operators, {self.assignments} assignments, {self.results} results"
-        return f"{told}; took {self.took_s:.3f} s{silent} ({self.why or 'nobody led'})"
+        phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.phases_s.items())
+        return f"{told}; took {self.took_s:.3f} s ({phases}){silent} ({self.why or 'nobody led'})"
 
     def plain(self) -> dict[str, Any]:
         """Return it for people."""
@@ -148,7 +151,12 @@ class Found:
 
 async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -> Found:
     """Read streams and manifests; the queue learns where each outstanding assignment stands."""
-    ledger = await _read_ledger(bus)
+    ledger, assignments, nodes, health = await asyncio.gather(
+        _read_ledger(bus),
+        _read_assignments(bus, queue),
+        _read_all(bus, subjects.NODES, NodeRecord),
+        _read_all(bus, subjects.HEALTH, NodeHealth),
+    )
     _restore_results(hub, state, ledger)
     live: list[RecoveredRun] = []
     lost: list[tuple[Acceptance, str]] = []
@@ -163,19 +171,33 @@ async def read_state(bus: Bus, hub: Hub, state: State, queue: AssignmentQueue) -
                 live.append(run)
                 _note_inputs(state, run.manifest)
     ended = [(end, ledger.acceptances.get(pair)) for pair, end in ledger.ends.items()]
-    assignments: list[Assignment] = []
+    recovered = Recovered(ledger.results, live, ended, assignments, health)
+    return Found(recovered, [n for n in nodes if n.state != "left"], lost)
+
+
+async def _read_assignments(bus: Bus, queue: AssignmentQueue) -> list[Assignment]:
+    """Return the outstanding assignments; the queue learns where each stands."""
+    found: list[Assignment] = []
     async for message in bus.read_stream(subjects.ASSIGN, "asg.node.>"):
         try:
             assignment = decode(message.data, Assignment)
         except UsageError as error:
             log.warning("assignment %d cannot be read: %s", message.seq, error)
             continue
-        assignments.append(assignment)
+        found.append(assignment)
         queue.found(assignment.node, assignment.id, message.seq)
-    nodes = [decode(message.data, NodeRecord) async for message in bus.read_stream(subjects.NODES, "fm.nodes.*")]
-    health = [decode(message.data, NodeHealth) async for message in bus.read_stream(subjects.HEALTH, "fm.health.*")]
-    recovered = Recovered(ledger.results, live, ended, assignments, health)
-    return Found(recovered, [n for n in nodes if n.state != "left"], lost)
+    return found
+
+
+async def _read_all(bus: Bus, stream: str, kind: type[T]) -> list[T]:
+    """Return every message of a stream that can be read."""
+    found: list[T] = []
+    async for message in bus.read_stream(stream):
+        try:
+            found.append(decode(message.data, kind))
+        except UsageError as error:
+            log.warning("on %s: %s", message.subject, error)
+    return found
 
 
 async def _read_ledger(bus: Bus) -> Ledger:
