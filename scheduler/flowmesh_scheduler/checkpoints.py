@@ -42,7 +42,7 @@ class Checkpoints:
         self._leader = leader
         self._pointers: dict[bytes, tuple[Checkpoint, int]] = {}
         self._offered: dict[bytes, Checkpoint] = {}
-        self._taking: dict[bytes, Checkpoint] = {}
+        self._taking: dict[bytes, Checkpoint | None] = {}
         self._slots = asyncio.Semaphore(FETCHES)
         self._removing = asyncio.Lock()
         self._damaged: set[bytes] = set()
@@ -125,16 +125,19 @@ class Checkpoints:
         try:
             while (made := self._offered.pop(key, None)) is not None:
                 self._taking[key] = made
+                is_kept = False
                 try:
-                    await self._take(made)
+                    is_kept = await self._take(made)
                 except FlowmeshError as error:
                     log.warning("checkpoint of %s, step %d, from %s is not kept: %s", key.hex()[:12], made.step, made.node, error)
+                self._taking[key] = None
+                if not is_kept:
                     await self._remove([made])
         finally:
             self._taking.pop(key, None)
 
-    async def _take(self, made: Checkpoint) -> None:
-        """Fetch, read through, and move the pointer if the attempt still runs by then."""
+    async def _take(self, made: Checkpoint) -> bool:
+        """Fetch, read through, and move the pointer if the attempt still runs by then; tell whether it was moved."""
         async with self._slots:
             await self._fetch(made, [made.node])
         try:
@@ -143,8 +146,7 @@ class Checkpoints:
             self._damaged.add(made.at.cid)
             raise
         if not self._is_wanted(made):
-            await self._remove([made])
-            return
+            return False
         stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def settle(sequence: int) -> None:
@@ -161,6 +163,7 @@ class Checkpoints:
         await self._purge(subject, sequence)
         if former is not None:
             await self._remove([former[0]])
+        return True
 
     async def _fetch(self, made: Checkpoint, holders: list[str]) -> None:
         """Bring every block to the hub, pinned under the operator key; remembered as being there, or on its way."""
@@ -216,7 +219,7 @@ class Checkpoints:
 
     def _wanted_roots(self) -> set[bytes]:
         standing = {made.at.cid for made, _ in self._pointers.values()}
-        return standing | {made.at.cid for made in (*self._taking.values(), *self._offered.values())}
+        return standing | {made.at.cid for made in (*self._taking.values(), *self._offered.values()) if made is not None}
 
     def _remove_now(self, goners: list[tuple[bytes, str]], keep: set[bytes], size_bytes: int) -> None:
         store = self._leader.hub.store
