@@ -67,7 +67,11 @@ def located_for(state: State, work: Work) -> Located | None:
     if known is None or known.made.generation != work.generation:
         return None
     work.attempts = max(work.attempts, known.made.attempt)
-    return Located(known.made.at, tuple(state.holders(known.made.at.cid)))
+    made, maker = known.made, state.nodes.get(known.made.node)
+    holders = set(state.holders(made.at.cid))
+    if maker is not None and maker.state != "gone" and not maker.disconnected_at_us:
+        holders.add(maker.name)
+    return Located(made.at, tuple(sorted(holders)))
 
 
 def refs_of(state: State, work: Work) -> Sequence[Sequence[Ref]]:

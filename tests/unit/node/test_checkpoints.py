@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flowmesh_cas.cid import RAW
-from flowmesh_cas.store import MemoryStore
+from flowmesh_cas.pack_store import PackStore
+from flowmesh_cas.store import BlockStore, MemoryStore
 from flowmesh_mesh import content, subjects
 from flowmesh_mesh.checkpoints import PIN
 from flowmesh_mesh.messages import Assignment, Checkpoint, CheckpointKept, Item, decode
@@ -16,6 +17,7 @@ from flowmesh_node import checkpoints as module
 from flowmesh_node import frames
 from flowmesh_node.checkpoints import Checkpoints
 
+MIB = 1024 * 1024
 KEY = b"\x07" * 32
 ITEM = Item(KEY, 0, 1, {}, {})
 ASSIGNMENT = Assignment(1, "1-1", "n1", "train.sft", 1, "", (ITEM,))
@@ -38,19 +40,19 @@ class FakeBus:
 class Bench:
     """A node's checkpoints with a store in memory, and a training that writes folders."""
 
-    def __init__(self, folder: Path, store: MemoryStore | None = None) -> None:
+    def __init__(self, folder: Path, store: BlockStore | None = None) -> None:
         self.folder = folder
         self.bus = FakeBus()
         self.store = store or MemoryStore()
         self.behind_s: list[float] = []
         self.checkpoints = Checkpoints(self.bus, self.store, "n1", lambda cids: None)  # type: ignore[arg-type]
 
-    async def write(self, step: int, *, wait: bool = True) -> None:
+    async def write(self, step: int, *, wait: bool = True, size_bytes: int = 1000) -> None:
         """Let the training write a checkpoint: one file that stays as it is, one that changes."""
         path = self.folder / str(step)
         path.mkdir()
         (path / "same").write_bytes(b"unchanged" * 100)
-        (path / "state").write_bytes(f"step {step}".encode() * 100)
+        (path / "state").write_bytes(f"step {step} ".encode().ljust(size_bytes))
         self.checkpoints.take(ASSIGNMENT, ITEM, frames.Checkpointed(0, str(path), step, 100, 9), self.behind_s.append)
         if wait:
             await self.settled()
@@ -68,7 +70,7 @@ class Bench:
     def steps(self) -> list[int]:
         """Return the steps of which the store holds what changed."""
         files = [self.store.get(cid) for cid in self.store.cids() if cid[1] == RAW]
-        return sorted(int(data.split(b" ", 2)[1].split(b"s")[0]) for data in files if data.startswith(b"step"))
+        return sorted(int(data.split(b" ", 2)[1]) for data in files if data.startswith(b"step"))
 
 
 async def test_a_checkpoint_is_offered_with_all_that_says_whose_it_is(tmp_path: Path) -> None:
@@ -160,6 +162,18 @@ async def test_it_is_offered_again_until_it_is_kept(tmp_path: Path, monkeypatch:
     await asyncio.sleep(0.6)
     assert len(bench.bus.offered) == count
     watching.cancel()
+
+
+async def test_the_store_does_not_grow_with_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMPACT_BYTES", 4 * MIB)
+    with PackStore(tmp_path / "store", sync=False) as store:
+        bench = Bench(tmp_path, store)
+        for step in range(1, 33):
+            await bench.write(step, size_bytes=MIB)
+            await bench.kept(step)
+        sizes = [path.stat().st_size for path in (tmp_path / "store" / "packs").iterdir()]
+        assert bench.steps() == [32]
+        assert sum(sizes) < 10 * MIB, "32 MiB were written"
 
 
 async def test_what_an_earlier_life_has_left_goes_and_nothing_else(tmp_path: Path) -> None:
