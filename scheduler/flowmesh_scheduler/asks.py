@@ -271,6 +271,8 @@ def _operator_row(vertex: Vertex) -> dict[str, Any]:
         "attempt": vertex.attempt,
         "reason": vertex.reason,
         "error": vertex.error,
+        "actor": vertex.actor,
+        "attempts": [end.plain() for end in vertex.story],
         "shared": vertex.shared,
         "key": vertex.key.hex(),
         "result": cid_text(vertex.result) if vertex.result else "",

@@ -43,6 +43,9 @@ async def why(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, An
         "node": vertex.node,
         "attempt": vertex.attempt,
         "started_at_us": vertex.started_at_us,
+        "ended_at_us": vertex.ended_at_us,
+        "actor": vertex.actor,
+        "attempts": [end.plain() for end in vertex.story],
         "decision": None,
         "waiting": None,
         "source": None,
@@ -50,7 +53,8 @@ async def why(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, An
     if vertex.state is VertexState.DONE:
         await _of_result(leader, vertex, found)
     elif vertex.state.is_final:
-        found["text"] = f"it ended as {vertex.state.value}: {vertex.reason}" + (f", {vertex.error}" if vertex.error else "")
+        by = f", by {vertex.actor}" if vertex.actor else ""
+        found["text"] = f"it ended as {vertex.state.value}: {vertex.reason}{by}" + (f", {vertex.error}" if vertex.error else "")
     elif vertex.state is VertexState.ASSIGNED and vertex.work is not None:
         _of_assignment(leader, vertex.work.assignment, found)
         if vertex.work.copy:

@@ -111,6 +111,7 @@ def test_whatever_is_distrusted_and_tried_twice_every_run_ends_as_it_must(kind: 
 def test_the_worlds_hold_what_they_are_made_for() -> None:
     """Copies, wins of copies, cordons and recoveries all happen: else the test above would show nothing."""
     worlds = [play("calm", seed) for seed in range(12)] + [play("everything", seed) for seed in range(12)]
+    worlds += [play("cut cables", seed) for seed in (0, 36, 37)]
     assert sum(w.speculated for w in worlds) > 10
     assert sum(w.won for w in worlds) > 3
     assert sum(w.cordons for w in worlds) > 5

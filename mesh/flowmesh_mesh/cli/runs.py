@@ -87,11 +87,19 @@ def _print_run(state: dict[str, Any]) -> None:
     for row in rows:
         if row.get("error"):
             print(f"\n{clean(row['name'])}: {clean(row['error'])}")
+        for end in row.get("attempts") or ():
+            print(f"{clean(row['name'])}: {clean(attempt_text(end))}")
     outputs = state.get("outputs") or {}
     if outputs:
         print()
         parts = [(name, ref) for name, refs in outputs.items() for ref in refs]
         print_table(("OUTPUT", "KIND", ">ROWS", ">SIZE", "CID"), (_output_row(name, ref) for name, ref in parts))
+
+
+def attempt_text(end: dict[str, Any]) -> str:
+    """Return one line about an attempt that gave no result."""
+    detail = f": {end['detail']}" if end["detail"] else ""
+    return f"attempt {end['attempt']} on {end['node']} ended {moment(end['at_us'])} as {end['reason']}, by {end['actor']}{detail}"
 
 
 def _operator_row(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import typer
 from flowmesh_cas.errors import UsageError
 from flowmesh_mesh.cli.options import AsJson, ContextOption, TenantOption, on_mesh
 from flowmesh_mesh.cli.output import clean, moment, print_json, print_table, span
+from flowmesh_mesh.cli.runs import attempt_text
 from flowmesh_mesh.names import check_name
 
 _FLIPS_SHOWN = 3
@@ -51,6 +52,8 @@ def _print(found: dict[str, Any]) -> None:
     if found["node"]:
         began = f", {moment(found['started_at_us'])}" if found["started_at_us"] else ""
         print(clean(f"node       {found['node']}, attempt {found['attempt']}{began}"))
+    for end in found.get("attempts") or ():
+        print(clean(f"before     {attempt_text(end)}"))
     source = found["source"]
     if source:
         at = moment(source["committed_at_us"])

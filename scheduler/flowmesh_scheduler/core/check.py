@@ -92,6 +92,8 @@ def _check_run(state: State, run: Run) -> None:
     assert run.unfinished == 0
     assert run.end.reason
     assert run.end.actor
+    assert run.end.ended_at_us
+    assert run.end.detail or run.end.reason == "succeeded", f"{run.id} ended as {run.end.reason}, and nothing is told of it"
     assert run.end.counts == dict(counts)
     if run.end.reason == "succeeded":
         assert counts == {"done": len(run.vertices)} or not run.vertices
@@ -108,6 +110,7 @@ def _check_vertex(state: State, vertex: Vertex) -> None:
     """
     where = f"{vertex.run.id}/{vertex.operator.name} ({vertex.state.value})"
     work = vertex.work
+    _check_end(vertex, where)
     if vertex.state is VertexState.WAITING:
         indices = {s.op for port in vertex.operator.inputs.values() for s in port if s.op >= 0}
         missing = [v for v in (vertex.run.vertices[i] for i in indices) if v.outputs is None]
@@ -132,6 +135,23 @@ def _check_vertex(state: State, vertex: Vertex) -> None:
         assert vertex.state in _ENDED_BADLY
         assert work is None, where
         assert vertex.reason, f"{where} has no reason"
+
+
+def _check_end(vertex: Vertex, where: str) -> None:
+    """Assert what holds of the end of a vertex, and of the attempts before it.
+
+    Invariant: whatever has ended tells who ended it and when, and why unless it went well.
+    Invariant: so does every attempt that gave no result; only the last ones are remembered.
+    """
+    if vertex.state.is_final:
+        assert vertex.actor, f"{where} has ended as {vertex.state.value}, and nobody ended it"
+        assert vertex.ended_at_us, f"{where} has ended at no time"
+        assert vertex.reason or vertex.state is VertexState.DONE, f"{where} has ended as {vertex.state.value} for no reason"
+    assert len(vertex.story) <= STORY_MAX
+    for end in vertex.story:
+        assert end.reason, f"attempt {end.attempt} at {where} ended for no reason"
+        assert end.actor
+        assert end.at_us
 
 
 def _check_work(state: State, work: Work) -> None:

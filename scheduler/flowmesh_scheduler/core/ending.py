@@ -10,7 +10,7 @@ from flowmesh_scheduler.core.commands import EndRun, Keep, RecordCancel
 from flowmesh_scheduler.core.events import CancelRequested, Kept
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import take_away
-from flowmesh_scheduler.core.planning import detach, reopen
+from flowmesh_scheduler.core.planning import SCHEDULER, detach, reopen
 from flowmesh_scheduler.core.state import Run, State, Vertex, VertexState, WorkState
 
 OUTPUTS_TOLD_MAX = 256
@@ -24,7 +24,13 @@ def on_cancel(state: State, event: CancelRequested, now_us: int, out: Outbox) ->
         return
     run.cancelled_by = event.actor or "tenant"
     out.add(RecordCancel(Cancellation(run.tenant, run.id, run.cancelled_by, now_us)))
+    run.detail = run.detail or cancelled_text(run.cancelled_by)
     stop(state, run, Reason.CANCELLED, run.cancelled_by, out)
+
+
+def cancelled_text(actor: str) -> str:
+    """Return what is told of a run that somebody cancelled."""
+    return f"cancelled by {actor}"
 
 
 def stop(state: State, run: Run, reason: str, actor: str, out: Outbox) -> None:
@@ -39,7 +45,7 @@ def stop(state: State, run: Run, reason: str, actor: str, out: Outbox) -> None:
             fairness.abandon(state, abandoned)
             take_away(state, abandoned, out)
             state.works.pop(abandoned.key, None)
-        vertex.reason = reason
+        vertex.reason, vertex.actor = reason, actor
         out.set_state(vertex, VertexState.CANCELLED)
 
 
@@ -47,8 +53,8 @@ def watch_deadlines(state: State, now_us: int, out: Outbox) -> None:
     """Stop runs whose deadline has passed."""
     for run in list(state.runs.values()):
         if run.deadline_us and now_us > run.deadline_us and run.end is None and run.unfinished:
-            run.detail = run.detail or "the deadline of the workflow has passed"
-            stop(state, run, Reason.TIMEOUT, "scheduler", out)
+            run.detail = run.detail or "the deadline of the workflow has passed: give it a later one, or the mesh more nodes"
+            stop(state, run, Reason.TIMEOUT, SCHEDULER, out)
 
 
 def outputs_of(run: Run) -> dict[str, list[Ref]]:
@@ -80,7 +86,7 @@ def end_if_settled(state: State, run: Run, now_us: int, out: Outbox) -> None:
         tenant=run.tenant,
         run=run.id,
         reason=Reason.SUCCEEDED if succeeded else run.reason or Reason.INTERNAL,
-        actor=run.actor or "scheduler",
+        actor=run.actor or run.failed_by or SCHEDULER,
         ended_at_us=now_us,
         detail=run.detail,
         outputs=outputs if len(outputs) <= OUTPUTS_TOLD_MAX else {},

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from flowmesh_mesh.messages import Beat, Commit, NodeRecord, Reason
 from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.commands import Tell
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.outstanding import adopt, release, take_away, take_back
-from flowmesh_scheduler.core.planning import fail_work
-from flowmesh_scheduler.core.state import Node, Outstanding, State, TakenBack, WorkState
+from flowmesh_scheduler.core.planning import SCHEDULER, fail_work
+from flowmesh_scheduler.core.state import AttemptEnd, Node, Outstanding, State, TakenBack, WorkState
 
 _CHEAP = frozenset({"inline", "data"})
+
+_BEATS_APART_US = 2_500_000
+"""Beats further apart tell of a gap: what a node held in between it may not have heard of yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why attempts end of which the node did not say how they went. ``is_of_node``: counts as a node lost with the operator."""
+
+    reason: Reason
+    actor: str
+    detail: str
+    is_of_node: bool = True
+
+
+_FORGOTTEN = Loss(Reason.LEASE_EXPIRED, SCHEDULER, "the heartbeats of its node do not name it", is_of_node=False)
+_SUSPECTED = Loss(
+    Reason.LEASE_EXPIRED, SCHEDULER, "the connection of its node ended, and did not come back soon", is_of_node=False
+)
 
 
 def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> None:
@@ -23,7 +44,7 @@ def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> Non
         return
     if record.state == "left":
         if known is not None:
-            lose(state, known, now_us, out, counts_as_loss=False)
+            lose(state, known, now_us, out, _left(known))
         return
     if known is not None and known.record.started_at_us == record.started_at_us and known.state != "gone":
         known.record = record
@@ -33,7 +54,7 @@ def on_joined(state: State, record: NodeRecord, now_us: int, out: Outbox) -> Non
         state.touch(known)
         return
     if known is not None:
-        _take_back(state, known, out, counts_as_loss=True)
+        _take_back(state, known, out, Loss(Reason.NODE_LOST, record.node, "its agent ended without a goodbye and started again"))
         state.touch(known)
     node = state.nodes[record.node] = Node(record, now_us, record.state)
     health.admit(state, node, known, now_us)
@@ -47,8 +68,10 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     if node is None or (beat.life and beat.life != node.record.started_at_us):
         return
     if beat.state in ("left", "died"):
-        lose(state, node, now_us, out, counts_as_loss=beat.state == "died")
+        died = Loss(Reason.NODE_LOST, node.name, "its agent ended without a goodbye")
+        lose(state, node, now_us, out, died if beat.state == "died" else _left(node))
         return
+    is_after_gap = now_us - node.last_beat_us > _BEATS_APART_US
     resident = frozenset(beat.resident) | _being_loaded(node)
     if node.disconnected_at_us or node.state != beat.state or node.resident != resident:
         state.touch(node)
@@ -63,10 +86,11 @@ def on_beat(state: State, beat: Beat, now_us: int, out: Outbox) -> None:
     for assignment in held:
         if assignment not in state.assignments and not _give_back(state, node, assignment, now_us, out):
             out.add(Tell(beat.node, Commit(state.epoch, assignment, (), closed=True)))
-    lost_after_us = now_us - int(state.settings.lease_s * 1e6)
     for outstanding in list(node.assignments.values()):
-        if _is_forgotten(outstanding, outstanding.id in held, lost_after_us):
-            _requeue(state, outstanding, out, counts_as_loss=False)
+        if outstanding.id in held or is_after_gap:
+            outstanding.unnamed_since_us = 0
+        if _is_forgotten(state, outstanding, outstanding.id in held, now_us):
+            _requeue(state, outstanding, out, _FORGOTTEN)
 
 
 def _being_loaded(node: Node) -> frozenset[str]:
@@ -75,10 +99,18 @@ def _being_loaded(node: Node) -> frozenset[str]:
     return frozenset(o.kind[1] for o in here if o.kind[1])
 
 
-def _is_forgotten(outstanding: Outstanding, is_held: bool, lost_after_us: int) -> bool:
-    """Tell whether work waits on a node that does not hold it, or that has said its last word without a word on it."""
-    since_us = outstanding.answered_at_us if is_held else outstanding.assigned_at_us
-    return 0 < since_us < lost_after_us and any(w.state is WorkState.ASSIGNED for w in outstanding.open.values())
+def _is_forgotten(state: State, outstanding: Outstanding, is_held: bool, now_us: int) -> bool:
+    """Tell whether work waits on a node that does not hold it, or that has said its last word without a word on it.
+
+    The clock of what it does not hold runs from the first heartbeat that leaves it out, and only while heartbeats come.
+    """
+    if is_held:
+        since_us, patience_s = outstanding.answered_at_us, state.settings.lease_s
+    else:
+        outstanding.unnamed_since_us = outstanding.unnamed_since_us or now_us
+        since_us, patience_s = outstanding.unnamed_since_us, state.settings.unnamed_s
+    is_over = 0 < since_us < now_us - int(patience_s * 1e6)
+    return is_over and any(w.state is WorkState.ASSIGNED for w in outstanding.open.values())
 
 
 def _give_back(state: State, node: Node, assignment: str, now_us: int, out: Outbox) -> bool:
@@ -95,6 +127,8 @@ def _give_back(state: State, node: Node, assignment: str, now_us: int, out: Outb
         del state.taken_back[assignment]
         return False
     idle = [w for w in wanted if w.state in (WorkState.QUEUED, WorkState.LOCATING)]
+    for work in idle:
+        work.story = tuple(end for end in work.story if end.attempt != work.issued[assignment][0])
     if idle and taken.started_at_us == node.record.started_at_us:
         del state.taken_back[assignment]
         if taken.counts_as_loss:
@@ -123,28 +157,35 @@ def watch_leases(state: State, now_us: int, out: Outbox) -> None:
         if node.state == "gone":
             continue
         if now_us - node.last_beat_us > settings.node_lease_us:
-            lose(state, node, now_us, out)
+            silent_s = (now_us - node.last_beat_us) / 1e6
+            lose(state, node, now_us, out, Loss(Reason.LEASE_EXPIRED, SCHEDULER, f"no heartbeat for {silent_s:.1f} s"))
         elif node.disconnected_at_us and now_us - node.disconnected_at_us > settings.suspicion_us:
             for outstanding in list(node.assignments.values()):
                 if outstanding.executor in _CHEAP:
-                    _requeue(state, outstanding, out, counts_as_loss=False)
+                    _requeue(state, outstanding, out, _SUSPECTED)
 
 
-def lose(state: State, node: Node, now_us: int, out: Outbox, *, counts_as_loss: bool = True) -> None:
+def _left(node: Node) -> Loss:
+    told = "it was taken away, as announced" if node.record.leaving_at_us else "it left the mesh"
+    return Loss(Reason.PREEMPTED, node.name, told, is_of_node=False)
+
+
+def lose(state: State, node: Node, now_us: int, out: Outbox, loss: Loss) -> None:
     """A node is gone: whatever it held runs elsewhere."""
     node.state = "gone"
     node.disconnected_at_us = node.disconnected_at_us or now_us
     state.touch(node)
-    _take_back(state, node, out, counts_as_loss=counts_as_loss)
+    _take_back(state, node, out, loss)
 
 
-def _take_back(state: State, node: Node, out: Outbox, *, counts_as_loss: bool) -> None:
+def _take_back(state: State, node: Node, out: Outbox, loss: Loss) -> None:
     for outstanding in list(node.assignments.values()):
-        _requeue(state, outstanding, out, counts_as_loss=counts_as_loss)
+        _requeue(state, outstanding, out, loss)
 
 
-def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_loss: bool) -> None:
+def _requeue(state: State, outstanding: Outstanding, out: Outbox, loss: Loss) -> None:
     """Take an assignment from its node; what runs nowhere else goes back into the pool."""
+    counts_as_loss = loss.is_of_node
     name, life = outstanding.node, state.nodes[outstanding.node].record.started_at_us
     held = [w for w in outstanding.open.values() if w.state is WorkState.ASSIGNED]
     works = dict.fromkeys(release(state, outstanding, out))
@@ -152,6 +193,8 @@ def _requeue(state: State, outstanding: Outstanding, out: Outbox, *, counts_as_l
     take_back(state, outstanding.id, TakenBack(name, life, keys, counts_as_loss, outstanding.chains))
     for work in held:
         work.avoided |= {name}
+        attempt = work.issued[outstanding.id][0] if outstanding.id in work.issued else work.attempts
+        work.note_end(AttemptEnd(attempt, name, loss.reason, loss.actor, state.now_us, loss.detail))
         if counts_as_loss:
             work.nodes_lost += 1
             work.lost_on = (*work.lost_on, name)

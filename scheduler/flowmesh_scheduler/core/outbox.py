@@ -21,6 +21,7 @@ class Outbox:
     queueing: list[Work] = field(default_factory=list)
     changed: dict[tuple[str, str], Run] = field(default_factory=dict)
     touched: dict[tuple[str, str], Run] = field(default_factory=dict)
+    now_us: int = 0
 
     def add(self, command: Command) -> None:
         self.commands.append(command)
@@ -34,6 +35,7 @@ class Outbox:
         counts = run.counts
         counts[before.word] -= 1
         counts[word] = counts.get(word, 0) + 1
+        vertex.ended_at_us = self.now_us if state.is_final else 0
         if state.is_final is not before.is_final:
             change = -1 if state.is_final else 1
             run.unfinished += change

@@ -27,14 +27,15 @@ from flowmesh_scheduler.core.outstanding import (
     take_away,
 )
 from flowmesh_scheduler.core.planning import deliver, fail_work, plan_again, settle
-from flowmesh_scheduler.core.state import Outstanding, Result, State, Vertex, VertexState, Work, WorkState
+from flowmesh_scheduler.core.state import AttemptEnd, Outstanding, Result, State, Vertex, VertexState, Work, WorkState
 
 _RETRIED = frozenset({Reason.CRASHED, Reason.OOM, Reason.TIMEOUT, Reason.INTERNAL})
 _UNFIT = frozenset({Reason.MODEL_MISSING, Reason.UNSATISFIABLE})
-_FAILURES = {reason.value: reason for reason in (*_RETRIED, *_UNFIT, Reason.USER_ERROR, Reason.INPUT_MISSING)}
+_FAILURES = {reason.value: reason for reason in (*_RETRIED, *_UNFIT, Reason.USER_ERROR, Reason.INPUT_MISSING, Reason.PREEMPTED)}
 """What a node may say of an attempt. Anything else is its own fault: also a cancellation that nobody asked for."""
 
 _INPUT_MISSES_LIMIT = 5
+_DETAIL_MAX_CHARS = 500
 _MISS_PAUSE_S = 0.25
 
 INLINE_MAX_BYTES = 4096
@@ -83,6 +84,7 @@ def on_done(state: State, event: DoneReceived, now_us: int, out: Outbox) -> None
                     follow(state, done, work, ahead, now_us, out)
             elif done.assignment in (work.assignment, work.copy):
                 blamed.append(_reason_of(outcome))
+                work.note_end(_end_of(outcome, done.node, now_us))
                 _forget(outstanding, work)
                 if not _goes_on(state, work, outcome, done, out):
                     _fail(state, work, outcome, done.node, now_us, out)
@@ -200,6 +202,7 @@ def _succeed(
         outcome.attempt,
         done.node,
         outcome.log,
+        now_us,
     )
     out.commits.append((work.key, work.generation, block))
     for vertex in work.waiters:
@@ -268,6 +271,10 @@ def _reason_of(outcome: Outcome) -> Reason:
     return _FAILURES.get(outcome.reason, Reason.INTERNAL)
 
 
+def _end_of(outcome: Outcome, node: str, now_us: int) -> AttemptEnd:
+    return AttemptEnd(outcome.attempt, node, _reason_of(outcome), node, now_us, outcome.error[:_DETAIL_MAX_CHARS])
+
+
 def _goes_on(state: State, work: Work, outcome: Outcome, done: Done, out: Outbox) -> bool:
     """One of two attempts has failed: the other goes on, unless it would fail the same way."""
     if not step_down(work, done.assignment):
@@ -278,7 +285,7 @@ def _goes_on(state: State, work: Work, outcome: Outcome, done: Done, out: Outbox
         return False
     if reason in _UNFIT:
         work.unfit |= {done.node}
-    elif reason in _RETRIED:
+    elif reason in _RETRIED or reason == Reason.PREEMPTED:
         work.avoided |= {done.node}
     return True
 
@@ -288,6 +295,10 @@ def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, ou
     reason = _reason_of(outcome)
     fairness.abandon(state, work)
     work.assignment = ""
+    if reason == Reason.PREEMPTED:  # the node gives back what it has not begun, or will not end: no failure of anybody
+        work.avoided |= {node}
+        out.queueing.append(work)
+        return
     if reason == Reason.INPUT_MISSING and work.misses < _INPUT_MISSES_LIMIT:
         work.misses += 1
         if work.misses > 1:
@@ -310,7 +321,7 @@ def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, ou
             return
     for vertex in work.waiters:
         vertex.attempt, vertex.log = outcome.attempt, outcome.log
-    fail_work(state, work, reason, outcome.error, node, out)
+    fail_work(state, work, reason, outcome.error, node, out, actor=node)
 
 
 def on_committed(state: State, event: Committed, out: Outbox) -> None:
@@ -340,7 +351,7 @@ def _settle_lost(state: State, vertex: Vertex, out: Outbox) -> None:
     """The outputs of a vertex were lost while the record was being written."""
     vertex.work = None
     if vertex.run.is_stopped:
-        vertex.reason = vertex.run.reason
+        vertex.reason, vertex.actor = vertex.run.reason, vertex.run.actor
         out.set_state(vertex, VertexState.CANCELLED)
     else:
         plan_again(state, vertex, out)

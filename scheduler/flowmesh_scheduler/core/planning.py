@@ -18,6 +18,9 @@ from flowmesh_scheduler.core.events import Submitted
 from flowmesh_scheduler.core.outbox import Outbox
 from flowmesh_scheduler.core.state import Result, Run, State, Vertex, VertexState, Work, WorkState
 
+SCHEDULER = "scheduler"
+"""Who ends what nobody else ended."""
+
 _NO_MODELS: Mapping[str, str] = {}
 _NO_INPUTS: Mapping[str, list[Ref]] = {}
 _NO_CONSUMERS: Sequence[int] = ()
@@ -183,6 +186,7 @@ def _new_work(state: State, vertex: Vertex, inputs: Mapping[str, list[Ref]], dig
     former, vertex.former = vertex.former, None
     if former is not None:
         work.lost_on, work.is_copied = former.lost_on, former.is_copied
+        work.story = former.story
         work.nodes_lost, work.avoided, work.unfit = former.nodes_lost, former.avoided, former.unfit
         if former.key == work.key:
             work.attempts, work.failures, work.issued = former.attempts, former.failures, former.issued
@@ -196,6 +200,7 @@ def attach(state: State, vertex: Vertex, work: Work, out: Outbox) -> None:
     vertex.work = work
     vertex.shared = True
     vertex.former = None
+    vertex.story = work.story
     work.add_waiter(vertex)
     operator = vertex.operator
     if fairness.join(state, work, vertex):
@@ -269,7 +274,9 @@ def settle(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
     vertex.work = None
     if vertex.state.is_final:
         return
+    vertex.actor = result.node
     out.set_state(vertex, VertexState.DONE)
+    vertex.ended_at_us = result.at_us or vertex.ended_at_us
     if vertex.shared:
         vertex.saved_us = result.exec_us
         vertex.run.saved_us += vertex.saved_us
@@ -279,21 +286,22 @@ def settle(state: State, vertex: Vertex, result: Result, out: Outbox) -> None:
         state.totals["executed"] += 1
 
 
-def fail_work(state: State, work: Work, reason: str, error: str, node: str, out: Outbox) -> None:
-    """No further attempt: every waiter fails with the reason, and what depends on it is skipped."""
+def fail_work(state: State, work: Work, reason: str, error: str, node: str, out: Outbox, actor: str = SCHEDULER) -> None:
+    """No further attempt: every waiter fails with the reason, and what depends on it is skipped. ``actor`` ended it."""
     fairness.abandon(state, work)
     state.works.pop(work.key, None)
     for vertex in work.waiters:
         vertex.work = None
         if not vertex.state.is_final:
-            fail_vertex(vertex, reason, error, node, out)
+            fail_vertex(vertex, reason, error, node, out, actor)
 
 
-def fail_vertex(vertex: Vertex, reason: str, error: str, node: str, out: Outbox) -> None:
+def fail_vertex(vertex: Vertex, reason: str, error: str, node: str, out: Outbox, actor: str = SCHEDULER) -> None:
     """End a vertex with a reason and skip everything downstream."""
-    vertex.reason, vertex.error, vertex.node = reason, error, node
+    vertex.reason, vertex.error, vertex.node, vertex.actor = reason, error, node, actor
     run = vertex.run
     if not run.reason:
+        run.failed_by = actor
         run.reason, run.detail = (
             reason,
             f"operator {vertex.operator.name}: {error}" if error else f"operator {vertex.operator.name}",
@@ -310,6 +318,7 @@ def _skip(run: Run, indices: Sequence[int], failed: Vertex, out: Outbox) -> None
         if consumer.state is VertexState.WAITING:
             consumer.reason = Reason.UPSTREAM_FAILED
             consumer.error = f"needs {failed.operator.name}"
+            consumer.actor = SCHEDULER
             out.set_state(consumer, VertexState.SKIPPED)
             stack.extend(run.consumers[consumer.index])
 

@@ -9,7 +9,7 @@ from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, RunEnd
 from flowmesh_mesh.messages import Assignment, Reason
 from flowmesh_scheduler.core import health
 from flowmesh_scheduler.core.commands import Release
-from flowmesh_scheduler.core.ending import stop
+from flowmesh_scheduler.core.ending import cancelled_text, stop
 from flowmesh_scheduler.core.events import Recovered, RecoveredRun
 from flowmesh_scheduler.core.folding import resume
 from flowmesh_scheduler.core.outbox import Outbox
@@ -49,6 +49,7 @@ def _result(cid: bytes, record: ResultRecord) -> Result:
         record.attempt,
         record.receipt.node,
         record.log,
+        record.committed_at_us,
     )
 
 
@@ -59,7 +60,9 @@ def evaluate(state: State, acceptance: Acceptance, manifest: Manifest, end: RunE
     _follow_results(scratch, run, out)
     for vertex in run.vertices:
         if not vertex.state.is_final and end is not None:
+            vertex.reason, vertex.actor = end.reason, end.actor
             out.set_state(vertex, VertexState.CANCELLED)
+            vertex.ended_at_us = end.ended_at_us
     run.end = end
     return run
 
@@ -70,6 +73,7 @@ def resume_run(state: State, found: RecoveredRun, out: Outbox) -> Run:
     _follow_results(state, run, out)
     if found.cancelled_by:
         run.cancelled_by = found.cancelled_by
+        run.detail = cancelled_text(found.cancelled_by)
         stop(state, run, Reason.CANCELLED, found.cancelled_by, out)
     return run
 

@@ -141,6 +141,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     lease_s: float = 10.0
     """Lease of an assignment as told to the node, renewed by its heartbeat."""
 
+    unnamed_s: float = 4.0
+    """An assignment that its node leaves out of its heartbeats for so long was lost on the way, or there: it is given anew."""
+
     speculation_share: float = 0.05
     """Most that second attempts beside stragglers may cost: a share of what the nodes cost in the last hour. 0: none are made."""
 

@@ -66,9 +66,36 @@ class WorkState(Enum):
     COMMITTING = "committing"
 
 
+STORY_MAX = 8
+"""Ended attempts that are remembered for an operator: the last ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnd:
+    """How an attempt ended that gave no result: a reason, who ended it, when, and what is to be known about it."""
+
+    attempt: int
+    node: str
+    reason: str
+    actor: str
+    at_us: int
+    detail: str = ""
+
+    def plain(self) -> dict[str, object]:
+        """Return it as plain data."""
+        return {
+            "attempt": self.attempt,
+            "node": self.node,
+            "reason": self.reason,
+            "actor": self.actor,
+            "at_us": self.at_us,
+            "detail": self.detail,
+        }
+
+
 @dataclass(slots=True, eq=False)
 class Vertex:
-    """One operator of one run.
+    """One operator of one run. ``actor`` is who ended it; ``story`` tells of its attempts that gave no result.
 
     ``repeats`` counts how often its result was lost; ``former`` is the work that ended for want of inputs: its history goes on.
     """
@@ -98,6 +125,8 @@ class Vertex:
     started_at_us: int = 0
     ended_at_us: int = 0
     log: Ref | None = None
+    actor: str = ""
+    story: tuple[AttemptEnd, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +146,7 @@ class Run:
     reason: str = ""
     detail: str = ""
     actor: str = ""
+    failed_by: str = ""
     keeping: bool = False
     kept: bool = False
     end: RunEnd | None = None
@@ -190,6 +220,7 @@ class Work:
     charged_us: int = 0
     tag: float = 0.0
     standing: str = ""
+    story: tuple[AttemptEnd, ...] = ()
 
     @property
     def model(self) -> str:
@@ -217,6 +248,12 @@ class Work:
             self.waiters.pop(vertex, None)
         elif vertex in self.waiters:
             self.waiters = ()
+
+    def note_end(self, end: AttemptEnd) -> None:
+        """Remember how an attempt ended, here and with everyone who waits."""
+        self.story = (*self.story[-STORY_MAX + 1 :], end)
+        for vertex in self.waiters:
+            vertex.story = self.story
 
     def issue(self, assignment: str, attempt: int, node: str) -> None:
         """Note that an attempt was given to a node."""
@@ -249,6 +286,7 @@ class Result:
     attempt: int
     node: str
     log: Ref | None = None
+    at_us: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -298,6 +336,7 @@ class Outstanding:
 
     ``count`` is how many operators it had; ``begun_us`` when the node could begin with it, 0 while it waits there.
     ``chains`` holds, by the key of open work, what its node goes on to once that is done; ``folded`` what it has gone on to.
+    ``unnamed_since_us`` is when its node began to leave it out of its heartbeats.
     """
 
     id: str
@@ -326,6 +365,7 @@ class Outstanding:
     bytes_fetched: int = 0
     chains: dict[bytes, Chain] = field(default_factory=dict)
     folded: set[bytes] = field(default_factory=set)
+    unnamed_since_us: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -57,7 +57,7 @@ def step(state: State, event: Event, now_us: int, placer: Placer = place) -> lis
 
     Deterministic: the same events at the same times give the same commands. Another ``placer`` is another policy, for comparison.
     """
-    out = Outbox()
+    out = Outbox(now_us=now_us)
     state.now_us = now_us
     state.shares.advance(now_us, state.shares.slots)
     _HANDLERS[type(event)](state, event, now_us, out)

@@ -237,5 +237,5 @@ def test_every_failure_names_operator_and_node() -> None:
     made.fail(made.only(), "user-error")
     vertex = made.vertex("o0")
     assert (vertex.node, vertex.reason, vertex.error, vertex.attempt) == ("n1", "user-error", "it was user-error", 1)
-    assert made.end().actor == "scheduler"
+    assert made.end().actor == "n1"
     assert made.of(made.commands, c.EndRun)[0].state == "failed"

@@ -240,3 +240,55 @@ def test_the_death_of_an_earlier_life_says_nothing_of_this_one() -> None:
     made.apply(e.BeatReceived(Beat("n1", made.now_us, 0, state="died", life=life)))
     assert made.only() is first
     assert made.state.nodes["n1"].is_usable
+
+
+def test_an_operator_remembers_how_its_attempts_ended() -> None:
+    made = desk("n1", "n2", "n3", "n4")
+    run = made.submit(chain(1))
+    vertex = run.vertices[0]
+    first = made.only()
+    made.fail(first, "crashed")
+    made.wait(5, beating=["n1", "n2", "n3", "n4"])
+    second = made.only()
+    life = made.state.nodes[second.node].record.started_at_us
+    made.apply(e.BeatReceived(Beat(second.node, made.now_us, 0, state="died", life=life)))
+    third = made.only()
+    made.fail(third, "preempted")
+    fourth = made.only()
+    assert fourth.node not in (second.node, third.node)
+    made.lose(fourth.node)
+    told = [(end.attempt, end.node, end.reason, end.actor) for end in vertex.story]
+    assert told == [
+        (1, first.node, "crashed", first.node),
+        (2, second.node, "node-lost", second.node),
+        (3, third.node, "preempted", third.node),
+        (4, fourth.node, "lease-expired", "scheduler"),
+    ]
+    made.join("n9")
+    made.succeed(made.only())
+    assert vertex.actor == vertex.node
+    assert vertex.ended_at_us
+    assert len(vertex.story) == 4
+
+
+def test_what_a_node_gives_back_runs_elsewhere_at_once_and_is_held_against_nobody() -> None:
+    made = desk()
+    made.submit(chain(1))
+    first = made.only()
+    made.fail(first, "preempted")
+    again = made.only()
+    assert again.node != first.node
+    assert made.state.works[again.items[0].key].failures == 0
+
+
+def test_an_assignment_that_heartbeats_leave_out_is_given_anew_within_seconds_but_not_for_a_gap_in_them() -> None:
+    made = desk("n1")
+    made.submit(chain(1))
+    first = made.only()
+    made.now_us += 4 * SECOND
+    made.beat("n1", held=())  # after a gap: what was on its way may not have arrived yet
+    assert made.only() is first
+    for _ in range(6):
+        made.now_us += SECOND
+        made.beat("n1", held=())
+    assert made.only().items[0].attempt == 2
