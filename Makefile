@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench sim versions scale docs clean
+.PHONY: help setup demo test lint types bench sim versions scale chaos drills docs clean
 
 python := .venv/bin/python
 # Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
@@ -42,6 +42,16 @@ versions: setup ## This build and the previous release in one mesh, every combin
 
 scale: setup ## 1,500 simulated nodes on one broker; lines in out/scale.jsonl, a table at the end
 	@$(python) -m bench.scale $(args)
+
+# One seed alone with SEED=n, for MINUTES; else SEEDS of them share MINUTES, after the drills.
+SEED ?=
+SEEDS ?= 20
+MINUTES ?= 60
+chaos: setup ## Real processes killed, paused, cut off, filled up; drills first; lines in out/chaos.jsonl, docs/fault-report.md
+	@$(python) -m chaos --minutes $(MINUTES) $(if $(SEED),--seeds 1 --seed $(SEED),--seeds $(SEEDS)) $(args)
+
+drills: setup ## The fail-over drills alone, timed: leaders, nodes, brokers, a wiped store
+	@$(python) -m chaos.drills $(args)
 
 docs: setup ## Write anew the pages of docs/ that are made from the code
 	@$(python) -m flowmesh_mesh.schema && $(python) -m flowmesh_mesh.reference

@@ -27,7 +27,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="minutes of faults over all seeds (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=None, help="run this one only, for as long as it has among all")
+    parser.add_argument("--seed", type=int, default=None, help="run this one only")
     parser.add_argument("--first", type=int, default=1, help="number of the first seed (default %(default)s)")
     parser.add_argument("--brokers", type=int, default=3, choices=(1, 3))
     parser.add_argument("--schedulers", type=int, default=3)
@@ -69,7 +69,7 @@ def _say(outcome: Outcome, folder: Path, args: argparse.Namespace) -> None:
     for violation in outcome.verdict.violations[: report.SHOWN_VIOLATIONS]:
         print(f"  {violation.kind}: {violation.subject}: {violation.what}", file=sys.stderr)
     if not outcome.is_good:
-        minutes = outcome.window_s * args.seeds / 60
+        minutes = outcome.window_s / 60
         print(f"  kept in {folder}; again: make chaos SEED={outcome.seed} MINUTES={minutes:g}", file=sys.stderr, flush=True)
 
 
@@ -78,7 +78,7 @@ def main() -> int:
     args = _arguments()
     home = args.folder or Path(tempfile.mkdtemp(prefix="flowmesh-chaos-"))
     window_s = args.minutes * 60 / args.seeds
-    seeds = [args.seed] if args.seed is not None else list(range(args.first, args.first + args.seeds))
+    seeds = [args.seed] * args.seeds if args.seed is not None else list(range(args.first, args.first + args.seeds))
     figures = [] if args.no_drills or args.seed is not None else run(drills.run_all(home / "drills"))
     outcomes: list[Outcome] = []
     for seed in seeds:

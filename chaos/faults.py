@@ -54,7 +54,7 @@ class Planned:
     draw: int
 
 
-def plan(seed: int, window_s: float, kinds: tuple[str, ...] = KINDS, pause_s: float = 4.0) -> list[Planned]:
+def plan(seed: int, window_s: float, kinds: tuple[str, ...] = KINDS, pause_s: float = 3.0) -> list[Planned]:
     """Return the faults of one seed. They may overlap, and all of them end within the window."""
     source = random.Random(f"{seed}/faults")
     weights = [_WEIGHTS[kind] for kind in kinds]
