@@ -36,6 +36,9 @@ EVERY_S = 300.0
 GIVE_UP_S = 600.0
 """How long a run may wait for its manifest before it is ended for want of it, unless somebody asks for repair sooner."""
 
+LISTED_MAX = 50_000
+"""Most runs of which the ledger's subjects are listed without being asked: the broker lists 100,000 in two seconds."""
+
 LEFT_S = 60.0
 KEEPERS_GRACE_S = 60.0
 STEP_VERTICES = 2000
@@ -92,20 +95,20 @@ class Audit:
         await asyncio.sleep(FIRST_S)
         while True:
             try:
-                for finding in await self.look():
+                for finding in await self.look(is_asked=False):
                     log.warning("audit: %s: %s (%s)%s", finding.kind, finding.what, finding.why, _done(finding))
             except FlowmeshError as error:
                 log.info("no audit: %s", error)
             await asyncio.sleep(EVERY_S)
 
-    async def look(self, *, is_repairing: bool = False, is_thorough: bool = False) -> list[Finding]:
+    async def look(self, *, is_asked: bool = True, is_repairing: bool = False, is_thorough: bool = False) -> list[Finding]:
         """Return what is found. Without ``is_repairing`` only what can do no harm is repaired."""
         async with self._one_at_a_time:
             if is_repairing:
                 self._leader.keepers.ask_again()
                 await asyncio.sleep(1.0)
             found: list[Finding] = list(self._restored())
-            found += [each async for each in self._runs()]
+            found += [each async for each in self._runs(is_asked)]
             found += [each async for each in self._manifests(is_repairing)]
             found += [each async for each in self._inputs()]
             found += [each async for each in self._operators()]
@@ -121,21 +124,23 @@ class Audit:
     # --- runs
 
     def _restored(self) -> Iterator[Finding]:
-        for pair, holder in self._leader.keepers.restored.items():
+        for pair, holder in self._leader.keepers.returning.restored.items():
             if pair not in self._told_restored:
                 self._told_restored.add(pair)
                 why = f"the broker lost it; {holder} kept its acceptance"
                 repair = "write the acceptance back and plan the run"
                 yield Finding("acceptance-lost", f"the ledger had lost run {pair[1]}", why, repair, pair[1], pair[0], True)
 
-    async def _runs(self) -> AsyncIterator[Finding]:
-        state, keepers = self._leader.state, self._leader.keepers
+    async def _runs(self, is_asked: bool) -> AsyncIterator[Finding]:
+        state, returning = self._leader.state, self._leader.keepers.returning
+        if not is_asked and len(state.runs) + len(state.ended) > LISTED_MAX:
+            return
         accepted = {_pair(subject) for subject in await self._subjects(subjects.LEDGER, "led.accepted.>")}
         ended = {_pair(subject) for subject in await self._subjects(subjects.LEDGER, "led.ended.>")}
         for pair in sorted(accepted - ended):
-            if pair in state.runs or pair in state.ended or pair in keepers.lost or pair in keepers.restoring:
+            if pair in state.runs or pair in state.ended or pair in returning.lost or pair in returning.restoring:
                 continue
-            repaired = await keepers.plan_from_ledger(pair)
+            repaired = await returning.plan_from_ledger(pair)
             why = "its acceptance came into the ledger without this leader, or could not be read when it took over"
             what = f"run {pair[1]} is accepted and was not planned"
             yield Finding("run-unknown", what, why, "plan it", pair[1], pair[0], repaired)
@@ -145,16 +150,16 @@ class Audit:
             yield Finding("end-unfounded", what, why, "nothing: its end is what counts", pair[1], pair[0], True)
 
     async def _manifests(self, is_repairing: bool) -> AsyncIterator[Finding]:
-        keepers = self._leader.keepers
-        if keepers.lost:
-            await keepers.seek_lost()
-        for pair, lost in list(keepers.lost.items()):
-            waited_s = keepers.waited_s(pair)
+        returning = self._leader.keepers.returning
+        if returning.lost:
+            await returning.seek_lost()
+        for pair, lost in list(returning.lost.items()):
+            waited_s = returning.waited_s(pair)
             what = f"the manifest {cid_text(lost.acceptance.manifest)} of run {pair[1]} is nowhere"
             why = f"neither the hub nor any keeper has had it for {waited_s:.0f} s"
             is_over = is_repairing or waited_s > GIVE_UP_S
             if is_over:
-                keepers.give_up(pair)
+                returning.give_up(pair)
             yield Finding("manifest-gone", what, why, "end the run, with that reason, by audit", pair[1], pair[0], is_over)
 
     async def _inputs(self) -> AsyncIterator[Finding]:
@@ -168,7 +173,7 @@ class Audit:
             absent = [root for root, is_held in zip(roots, held, strict=True) if not is_held]
             if not absent:
                 continue
-            gone = await leader.keepers.bring_inputs(absent)
+            gone = await leader.keepers.returning.bring_inputs(absent)
             for root in absent:
                 what = f"the hub lacks input {cid_text(root)} of run {pair[1]}"
                 why = "the hub's store was lost" + (", and nobody else has it" if root in gone else "")
@@ -251,7 +256,6 @@ class Audit:
             for root, holders in located.items():
                 if holders:
                     continue
-                leader.state.places.pop(root, None)
                 what = f"nobody holds {cid_text(root)}, output of operator key {roots[root].hex()[:16]}"
                 why = "its holders are gone, or lost their disks"
                 yield Finding("result-dangling", what, why, "count it as a miss: its next use computes it anew", repaired=True)

@@ -107,7 +107,7 @@ class Hands:
         found: dict[bytes, list[str]] = {root: [] for root in command.roots}
         try:
             found = await self._leader.hub.locate(command.roots, nodes)
-            for root in await self._leader.keepers.fetch_lost(root for root, holders in found.items() if not holders):
+            for root in await self._leader.keepers.returning.fetch_lost(root for root, holders in found.items() if not holders):
                 found[root] = [subjects.HUB]
         except Exception:
             log.exception("cannot ask who holds %d roots", len(command.roots))

@@ -16,15 +16,14 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from flowmesh_cas.errors import FlowmeshError, IntegrityError, NotFoundError, TransientError, UsageError
+from flowmesh_cas.errors import FlowmeshError, IntegrityError
 from flowmesh_mesh import seals, subjects
 from flowmesh_mesh.keeping import Keeper, Pair
-from flowmesh_mesh.manifest import Acceptance, Cancellation, Manifest, decode_record
-from flowmesh_mesh.messages import Guard, Guarded, Recall, Recalled, Sealed, Submit, Unguard, decode, encode
-from flowmesh_mesh.transfer import fetch_many
-from flowmesh_scheduler.core import events as e
+from flowmesh_mesh.manifest import Acceptance, decode_record
+from flowmesh_mesh.messages import Guard, Guarded, Recall, Recalled, Sealed, Unguard, decode, encode
 from flowmesh_scheduler.hub import name_blocks
 from flowmesh_scheduler.restoring import Restoring
+from flowmesh_scheduler.returning import Lost, Returning
 
 if TYPE_CHECKING:
     from flowmesh_scheduler.journal import Journal
@@ -48,25 +47,23 @@ STRUCK_S = 15.0
 SEEK_S = 5.0
 """Pause between two tries to find manifests that nobody had."""
 
+RENEW_FIRST_S = 3600.0
+RENEW_EVERY_S = 24 * 3600.0
+"""How often keepers are asked again for what they have: they let go what nobody asks for in two weeks."""
+
+RENEWED_AT_ONCE = 16
 FOLLOW_AFTER_S = 5.0
 RECALL_TIMEOUT_S = 10.0
 RECALLS_AT_ONCE = 8
+PAGES_MAX = 100_000
+"""Most pages that are taken from one keeper: a node may be hostile."""
+
 FETCH_DEADLINE_S = 120.0
 COPY_DEADLINE_S = 60.0
 """How long a large submission waits for its second holder before it is accepted with one."""
 
 WIRE_OF_KEEPERS = 2
 """Oldest version of the wire that knows how to keep."""
-
-
-@dataclass(slots=True)
-class Lost:
-    """An accepted run that the leader cannot plan: nobody has given its manifest yet."""
-
-    acceptance: Acceptance
-    since_s: float
-    cancelled_by: str = ""
-    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +99,9 @@ class Keepers:
         self._asked: dict[str, int] = {}
         self._single: dict[Pair, str] = {}
         self._seek_at_s = 0.0
+        self._renew_at_s = self._loop.time() + RENEW_FIRST_S
         self._recalling = asyncio.Semaphore(RECALLS_AT_ONCE)
-        self.restoring: set[Pair] = set()
-        self.lost: dict[Pair, Lost] = {}
-        self.restored: dict[Pair, str] = {}
-        """Runs that keepers had and the ledger had not, since this leader took over, and who had them."""
+        self.returning = Returning(leader, self)
 
     # --- who there is
 
@@ -149,11 +144,15 @@ class Keepers:
         """The ledger shows an acceptance: unless its run ends at once, it is to be kept."""
         self._pending[pair] = Pending(self._loop.time() + SETTLE_S, record)
 
+    def wanted(self, pair: Pair) -> None:
+        """A run has come back: it is to be kept."""
+        self._pending[pair] = Pending(self._loop.time() + SETTLE_S)
+
     def ended(self, pair: Pair) -> None:
         """The ledger shows the end of a run: whoever keeps it may forget it."""
         self._pending.pop(pair, None)
         self._single.pop(pair, None)
-        for name in self._guards.pop(pair, ()):
+        for name in sorted(self._guards.pop(pair, ())):
             self._by_holder[name].discard(pair)
             self._let_go.setdefault(name, []).append(pair)
 
@@ -183,7 +182,7 @@ class Keepers:
                 self._pending[pair] = Pending(due_s)
         for acceptance, cancelled_by in lost:
             pair = (acceptance.tenant, acceptance.run)
-            self.lost[pair] = Lost(acceptance, self._loop.time(), cancelled_by)
+            self.returning.lost[pair] = Lost(acceptance, self._loop.time(), cancelled_by)
             self._pending.pop(pair, None)
         memory = self._leader.memory
         if memory is not None:
@@ -193,32 +192,19 @@ class Keepers:
     async def _tell_own(self, keeper: Keeper) -> None:
         """Take back what this scheduler kept itself while it stood by."""
         ended = [pair for pair in keeper.runs if pair in self._leader.state.ended]
-        unknown = [pair for pair in keeper.runs if not self._is_known(pair)]
+        unknown = [pair for pair in keeper.runs if not self.returning.is_known(pair)]
         for kept in (await asyncio.to_thread(keeper.kept)).values() if unknown else ():
-            await self.restore(kept.acceptance, kept.seal, subjects.HUB, only=set(unknown))
+            await self.returning.restore(kept.acceptance, kept.seal, subjects.HUB, only=set(unknown))
         await keeper.forget(ended)
-
-    def take(self, pair: Pair, data: bytes) -> bool:
-        """Take a submission of a run that is being restored, or whose manifest is sought; tell whether it is one."""
-        if pair not in self.lost:
-            return pair in self.restoring
-        try:
-            message = decode(data, Submit)
-        except UsageError:
-            return True
-        if message.manifest == self.lost[pair].acceptance.manifest:
-            self._leader.hub.put_soon(name_blocks([message.manifest], message.blocks)[0])
-            self._leader.spawn(self.seek_lost())
-        return True
 
     async def run(self) -> None:
         """Look after keepers, for ever."""
         while True:
             try:
                 self._look()
-                if self.lost and self._loop.time() >= self._seek_at_s:
+                if self.returning.lost and self._loop.time() >= self._seek_at_s:
                     self._seek_at_s = self._loop.time() + SEEK_S
-                    self._leader.spawn(self.seek_lost())
+                    self._leader.spawn(self.returning.seek_lost())
             except FlowmeshError as error:
                 log.warning("keepers: %s", error)
             await asyncio.sleep(TICK_S * random.uniform(0.8, 1.2))
@@ -228,16 +214,27 @@ class Keepers:
         present = {holder.name: holder for holder in (*standbys, *nodes)}
         for name in [name for name in self._by_holder if name not in present]:
             self._holder_lost(name)
+        for name in [name for name in self._asked if name not in present]:
+            del self._asked[name]  # it may miss what it is told: it is asked again when it is back
         for holder in present.values():
             if self._asked.get(holder.name) != holder.life:
                 self._asked[holder.name] = holder.life
                 self._leader.spawn(self._recall(holder))
         self._send_let_go(present)
-        if self._leader.state.is_cut_off or not self._pending:
+        if self._leader.state.is_cut_off:
             return
+        if self._loop.time() >= self._renew_at_s:
+            self._renew_at_s = self._loop.time() + RENEW_EVERY_S
+            for name, kept in self._by_holder.items():
+                self._leader.spawn(self._renew(present[name], sorted(kept)))
         for holder, pairs in self._due(standbys, nodes).values():
             self._busy.add(holder.name)
             self._leader.spawn(self._guard(holder, pairs))
+
+    async def _renew(self, holder: Holder, pairs: list[Pair]) -> None:
+        """Ask a holder again for what it keeps, so that it does not take it for forgotten."""
+        for start in range(0, len(pairs), RENEWED_AT_ONCE):
+            await self._guard(holder, pairs[start : start + RENEWED_AT_ONCE])
 
     def _holder_lost(self, name: str) -> None:
         due_s = self._loop.time() + SETTLE_S
@@ -246,7 +243,6 @@ class Keepers:
             if holders is not None:
                 holders.discard(name)
                 self._pending.setdefault(pair, Pending(due_s))
-        self._asked.pop(name, None)
 
     def _send_let_go(self, present: Mapping[str, Holder]) -> None:
         let_go, self._let_go = self._let_go, {}
@@ -268,7 +264,7 @@ class Keepers:
                 continue
             chosen = self._choose(pair, pending, standbys, nodes)
             if not chosen:
-                pending.due_s = now_s + STRUCK_S / 3
+                pending.due_s, pending.record = now_s + STRUCK_S / 3, b""
             for holder in chosen:
                 pairs = found.setdefault(holder.name, (holder, []))[1]
                 if holder.name not in self._busy and len(pairs) < BATCH_RUNS:
@@ -283,7 +279,7 @@ class Keepers:
             if not entries:
                 return
             first, *others = entries.values()
-            sources = (subjects.HUB, *(name for pair in entries for name in self._guards.get(pair, ())))
+            sources = (subjects.HUB, *(name for pair in entries for name in sorted(self._guards.get(pair, ()))))
             message = Guard(
                 self._leader.state.epoch,
                 first.acceptance,
@@ -298,15 +294,16 @@ class Keepers:
             if answer.error:
                 log.info("%s does not keep everything: %s", holder.name, answer.error)
                 self._struck_until[holder.name] = self._loop.time() + STRUCK_S
-            for pair in kept & set(entries):
-                self._note_kept(pair, holder.name)
+            for pair in sorted(kept & set(entries)):
+                self.note_kept(pair, holder.name)
         except FlowmeshError as error:
             log.info("%s keeps nothing: %s", holder.name, error)
             self._struck_until[holder.name] = self._loop.time() + STRUCK_S
         finally:
             self._busy.discard(holder.name)
 
-    def _note_kept(self, pair: Pair, name: str) -> None:
+    def note_kept(self, pair: Pair, name: str) -> None:
+        """A holder has all that a run needs."""
         run = self._leader.state.runs.get(pair)
         if run is None or run.end is not None:
             self._let_go.setdefault(name, []).append(pair)
@@ -357,10 +354,14 @@ class Keepers:
         if not self.wants_copies:
             return
         why = "nobody beside the leader can hold it"
-        for holder in [*self.standbys(), *self.nodes()][:3]:
+        until_s = self._loop.time() + COPY_DEADLINE_S
+        for holder in [*self.standbys(), *self.nodes()]:
             message = Guard(self._leader.state.epoch, b"", b"", tuple(roots), (subjects.HUB,))
+            left_s = until_s - self._loop.time()
+            if left_s <= 0:
+                break
             try:
-                data = await self._leader.bus.request(holder.subject, encode(message), timeout_s=COPY_DEADLINE_S)
+                data = await self._leader.bus.request(holder.subject, encode(message), timeout_s=left_s)
                 answer = decode(data, Guarded)
             except FlowmeshError as error:
                 why = f"{holder.name}: {error.message}"
@@ -386,7 +387,7 @@ class Keepers:
                     return
                 async for answer in self._pages(holder, "acceptances"):
                     for record, seal in answer.acceptances:
-                        await self.restore(record, seal, holder.name, only=unknown)
+                        await self.returning.restore(record, seal, holder.name, only=unknown)
             except FlowmeshError as error:
                 log.info("%s does not tell what it keeps: %s", holder.name, error)
                 if not isinstance(error, IntegrityError):
@@ -398,160 +399,21 @@ class Keepers:
             self._let_go.setdefault(holder, []).append(pair)
             return True
         if pair in self._leader.state.runs:
-            self._note_kept(pair, holder)
+            self.note_kept(pair, holder)
             return True
         return False
 
     async def _pages(self, holder: Holder, what: str) -> Any:
         cursor = 0
-        while cursor >= 0:
+        for _ in range(PAGES_MAX):
             question = encode(Recall(cursor, what))
             answer = decode(await self._leader.bus.request(holder.subject, question, timeout_s=RECALL_TIMEOUT_S), Recalled)
             yield answer
             if 0 <= answer.cursor <= cursor:
                 raise IntegrityError(f"{holder.name} makes no progress in what it tells")
             cursor = answer.cursor
-
-    async def restore(self, record: bytes, seal: bytes, holder: str, *, only: set[Pair] | None = None) -> bool:
-        """Write an acceptance that the ledger lacks back into it and plan its run; tell whether it was one."""
-        if not seals.is_sealed(self._leader.secret, record, seal):
-            log.warning("%s offers an acceptance whose seal is not ours", holder)
-            return False
-        acceptance = decode_record(record, Acceptance)
-        pair = (acceptance.tenant, acceptance.run)
-        if (only is not None and pair not in only) or self._is_known(pair) or self._leader.requests.is_accepting(pair):
-            return False
-        self.restoring.add(pair)
-        try:
-            manifest = await self._bring(acceptance, [holder])
-            known = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_accepted(*pair))
-            if known is None:
-                await self._write(subjects.ledger_accepted(*pair), record)
-            self.restored[pair] = holder
-            log.warning("run %s was lost to the ledger; %s had its acceptance", acceptance.run, holder)
-            if manifest is None:
-                self.lost[pair] = Lost(acceptance, self._loop.time())
-            else:
-                self._reinstate(acceptance, manifest)
-        finally:
-            self.restoring.discard(pair)
-        if manifest is not None:
-            self._note_kept(pair, holder)
-        return True
-
-    def _is_known(self, pair: Pair) -> bool:
-        state = self._leader.state
-        return pair in state.runs or pair in state.ended or pair in self.lost or pair in self.restoring
-
-    async def _write(self, subject: str, record: bytes) -> None:
-        written = self._loop.create_future()
-        self._leader.ledger.write(subject, record, lambda _: None if written.done() else written.set_result(None))
-        await asyncio.wait({written, self._leader.lost}, return_when=asyncio.FIRST_COMPLETED)
-        if not written.done():
-            raise TransientError("the leadership ended")
-
-    def _reinstate(self, acceptance: Acceptance, manifest: Manifest, cancelled_by: str = "") -> None:
-        pair = (acceptance.tenant, acceptance.run)
-        self.lost.pop(pair, None)
-        roots = {
-            source.ref.cid
-            for operator in manifest.operators
-            for sources in operator.inputs.values()
-            for source in sources
-            if source.ref is not None
-        }
-        roots |= {operator.code.cid for operator in manifest.operators if operator.code is not None}
-        self._leader.hub_holds(root for root in roots if self._leader.hub.holds(root))
-        self._leader.apply(e.Reinstated([e.RecoveredRun(acceptance, manifest, cancelled_by)]))
-        self._leader.feeds.open(self._leader.feeds.feed(*pair, acceptance.encoding))
-        self._pending[pair] = Pending(self._loop.time() + SETTLE_S)
-
-    # --- contents from others
-
-    async def _bring(self, acceptance: Acceptance, holders: Sequence[str]) -> Manifest | None:
-        """Bring the manifest and all given contents of a run to the hub; None where nobody has the manifest."""
-        hub = self._leader.hub
-        if acceptance.blocks:
-            named, _ = name_blocks([acceptance.manifest], acceptance.blocks)
-            hub.put_soon(named)
-        if not await asyncio.to_thread(hub.holds, acceptance.manifest):
-            everyone = [*holders, *(holder.name for holder in (*self.standbys(), *self.nodes()))]
-            sources = list(dict.fromkeys(everyone))
-            try:
-                wanted = {acceptance.manifest: sources}
-                await fetch_many(self._leader.bus, hub.store, wanted, deadline_s=FETCH_DEADLINE_S)
-            except FlowmeshError as error:
-                log.info("run %s: not all of its contents can be had: %s", acceptance.run, error)
-        try:
-            return decode_record(hub.get(acceptance.manifest), Manifest)
-        except (NotFoundError, IntegrityError):
-            return None
-
-    async def fetch_lost(self, roots: Iterable[bytes]) -> list[bytes]:
-        """Bring contents to the hub that neither it nor any node has, from schedulers that stand by; return what came."""
-        names = [holder.name for holder in self.standbys()]
-        found: list[bytes] = []
-        for root in roots if names else ():
-            try:
-                await fetch_many(self._leader.bus, self._leader.hub.store, {root: names}, deadline_s=FETCH_DEADLINE_S)
-                found.append(root)
-            except FlowmeshError as error:
-                log.info("no standby has a lost content: %s", error)
-        return found
-
-    async def seek_lost(self) -> int:
-        """Look once more for the manifests of runs that cannot be planned; return how many were found."""
-        found = 0
-        for lost in list(self.lost.values()):
-            manifest = await self._bring(lost.acceptance, [])
-            if manifest is not None and (lost.acceptance.tenant, lost.acceptance.run) in self.lost:
-                self._reinstate(lost.acceptance, manifest, lost.cancelled_by)
-                found += 1
-        return found
-
-    async def plan_from_ledger(self, pair: Pair) -> bool:
-        """Plan a run that the ledger has and memory has not; tell whether it is planned now."""
-        found = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_accepted(*pair))
-        if found is None or self._is_known(pair) or self._leader.requests.is_accepting(pair):
-            return False
-        cancelled = await self._leader.bus.last_message(subjects.LEDGER, subjects.ledger_cancelled(*pair))
-        actor = decode_record(cancelled.data, Cancellation).actor if cancelled is not None else ""
-        acceptance = decode_record(found.data, Acceptance)
-        self.restoring.add(pair)
-        try:
-            manifest = await self._bring(acceptance, [])
-        finally:
-            self.restoring.discard(pair)
-        if manifest is None:
-            self.lost[pair] = Lost(acceptance, self._loop.time(), actor)
-            return False
-        self._reinstate(acceptance, manifest, actor)
-        return True
-
-    async def bring_inputs(self, roots: Sequence[bytes]) -> set[bytes]:
-        """Bring contents to the hub from whoever has them; return those that nobody has."""
-        sources = [holder.name for holder in (*self.standbys(), *self.nodes())]
-        gone: set[bytes] = set()
-        for root in roots:
-            try:
-                await fetch_many(self._leader.bus, self._leader.hub.store, {root: sources}, deadline_s=FETCH_DEADLINE_S)
-                self._leader.hub_holds([root])
-            except FlowmeshError as error:
-                log.info("an input cannot be had: %s", error)
-                gone.add(root)
-        return gone
-
-    def waited_s(self, pair: Pair) -> float:
-        """Return for how long the manifest of a run has been sought."""
-        return self._loop.time() - self.lost[pair].since_s
-
-    def give_up(self, pair: Pair) -> None:
-        """End a run of which nobody has the manifest, and say so."""
-        lost = self.lost.pop(pair)
-        asked = len(self.standbys()) + len(self.nodes())
-        waited_s = self._loop.time() - lost.since_s
-        detail = f"its manifest is gone: neither the hub nor {asked} other holders have had it for {waited_s:.0f} s"
-        self._leader.apply(e.GivenUp(lost.acceptance, detail))
+            if cursor < 0:
+                return
 
     # --- what people see
 
@@ -562,8 +424,8 @@ class Keepers:
             "holders": {name: len(pairs) for name, pairs in sorted(self._by_holder.items()) if pairs},
             "guarded": len(self._guards),
             "waiting": len(self._pending),
-            "lost": len(self.lost),
-            "restored": len(self.restored),
+            "lost": len(self.returning.lost),
+            "restored": len(self.returning.restored),
         }
 
     def ask_again(self) -> None:
@@ -579,4 +441,4 @@ class Keepers:
         for pair in [pair for pair in self._single if pair not in self._leader.state.runs]:
             del self._single[pair]
         found = [f"run {pair[1]} has one holder of its contents: {why}" for pair, why in self._single.items()]
-        return [*found, *(f"run {pair[1]} waits for its manifest: nobody has it" for pair in self.lost)]
+        return [*found, *(f"run {pair[1]} waits for its manifest: nobody has it" for pair in self.returning.lost)]

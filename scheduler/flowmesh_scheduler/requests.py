@@ -111,7 +111,7 @@ class Requests:
             if pair not in self._accepting and not is_copy:
                 self._repeat(pair)
             return self._accepting.get(pair)
-        if self._leader.keepers.take(pair, data):
+        if self._leader.keepers.returning.take(pair, data):
             return None
         future = self._accepting.get(pair)
         if future is None:
