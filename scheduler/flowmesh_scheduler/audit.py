@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +19,6 @@ from flowmesh_cas.errors import FlowmeshError, IntegrityError
 from flowmesh_mesh import subjects
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.keeping import Pair
-from flowmesh_mesh.manifest import Acceptance
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.core.reinstating import adrift
 from flowmesh_scheduler.core.state import Run
@@ -309,16 +308,3 @@ def _given(run: Run) -> set[bytes]:
 
 def _done(finding: Finding) -> str:
     return f"; repaired: {finding.repair}" if finding.repaired else ""
-
-
-def referenced(leader: Leader, acceptances: Iterable[Acceptance]) -> set[bytes]:
-    """Return the roots that something in the mesh refers to: manifests, results, logs, records."""
-    found = {each.manifest for each in acceptances}
-    for result in leader.state.results.values():
-        found.add(result.result)
-        found |= {ref.cid for refs in result.outputs.values() for ref in refs}
-        if result.log is not None:
-            found.add(result.log.cid)
-    for run in leader.state.runs.values():
-        found |= _given(run)
-    return found

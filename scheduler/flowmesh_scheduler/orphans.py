@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from flowmesh_mesh import subjects
 from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.keeping import owner_of
-from flowmesh_mesh.manifest import Acceptance, decode_record
+from flowmesh_mesh.manifest import Acceptance, Ref, ResultRecord, decode_record
 from flowmesh_scheduler.findings import Finding
 
 if TYPE_CHECKING:
@@ -64,14 +66,25 @@ class Orphans:
         return [Finding("blocks-orphaned", what, why, "remove them", repaired=True)]
 
     async def _roots(self) -> set[bytes]:
-        """Return everything that the ledger and memory refer to, ended runs included."""
-        from flowmesh_mesh import subjects
-        from flowmesh_scheduler.audit import referenced
-
-        accepted: list[Acceptance] = []
-        async for message in self._leader.bus.read_stream(subjects.LEDGER, "led.accepted.>"):
-            accepted.append(decode_record(message.data, Acceptance))
-        roots = referenced(self._leader, accepted)
-        for tenant_roots in self._leader.tenant_roots.values():
+        """Return everything that the ledger and memory refer to: ended runs and earlier generations of results included."""
+        leader = self._leader
+        roots: set[bytes] = set()
+        async for message in leader.bus.read_stream(subjects.LEDGER):
+            kind = message.subject.split(".", 2)[1]
+            if kind == "accepted":
+                roots.add(decode_record(message.data, Acceptance).manifest)
+            elif kind == "result":
+                record = decode_record(message.data, ResultRecord)
+                roots |= {record.result, *_cids(record.outputs), *([record.log.cid] if record.log is not None else [])}
+        for run in leader.state.runs.values():
+            for vertex in run.vertices:
+                roots |= {*_cids(vertex.outputs or {}), *([vertex.log.cid] if vertex.log is not None else [])}
+        for tenant_roots in leader.tenant_roots.values():
             roots |= tenant_roots
         return roots
+
+
+def _cids(outputs: Mapping[str, list[Ref]]) -> Iterator[bytes]:
+    for refs in outputs.values():
+        for ref in refs:
+            yield ref.cid
