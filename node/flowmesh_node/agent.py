@@ -105,6 +105,10 @@ class Agent:
         self._subscriptions: list[Subscription] = []
         self._changed = asyncio.Event()
         self._numeric: set[str] = set()
+        self.leaving_at_us = 0
+        self.taking_leave = False
+        self.on_notice: list[Callable[[int], None]] = []
+        """Called with the time, in microseconds, when this machine is to be taken away."""
         self._is_stopping = False
         self._pull: Pull | None = None
 
@@ -226,6 +230,7 @@ class Agent:
             found.egress_usd_per_gb,
             messages.WIRE_VERSION,
             messages.WIRE_OLDEST,
+            self.leaving_at_us,
         )
 
     def missing(self) -> dict[str, list[str]]:
@@ -360,6 +365,7 @@ class Agent:
             "node": self.settings.node,
             "mesh": self.settings.mesh,
             "state": self.state,
+            "leaving_at_us": self.leaving_at_us,
             "connected": self.bus.connected,
             "pid": os.getpid(),
             "epoch": self.intake.epochs.highest,
@@ -374,14 +380,42 @@ class Agent:
 
     # --- the end
 
+    def notice(self, at_us: int) -> None:
+        """This machine is to be taken away at that time: say so, and let everything that can be saved be saved."""
+        self.leaving_at_us = at_us
+        for each in self.on_notice:
+            each(at_us)
+        self.executors.checkpoint_now()
+
+    async def cordon(self) -> None:
+        """Take nothing new, and go on with all that is held, until :meth:`resume`."""
+        await self._turn("cordoned")
+
+    async def pause(self) -> None:
+        """Take nothing new, give back what has not begun, and finish the rest, until :meth:`resume`."""
+        self.intake.is_draining = True
+        await self._turn("draining")
+        self.intake.give_back()
+
+    async def resume(self) -> None:
+        """Take work again."""
+        self.intake.is_draining = False
+        await self._turn("active")
+
+    async def _turn(self, state: str) -> None:
+        self.state = state
+        self._note_change()
+        await self._quietly(self._announce(), 2.0)
+
     async def drain(self, budget_s: float) -> bool:
-        """Take nothing new, finish and deliver what is held, within ``budget_s``; tell whether all of it was."""
-        self.state, self.intake.is_draining = "draining", True
+        """Take nothing new, give back what has not begun, end and deliver the rest within ``budget_s``; tell whether all is."""
+        self.state, self.intake.is_draining, self.taking_leave = "draining", True, True
         self.executors.checkpoint_now()
         if self._pull is not None:
             await self._pull.stop()
             self._pull = None
         await self._quietly(self._announce(), 2.0)
+        self.intake.give_back()
         deadline_s = monotonic_s() + budget_s
         while self.intake.busy and monotonic_s() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

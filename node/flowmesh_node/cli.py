@@ -28,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+NOTICE_MARGIN_S = 5.0
+"""How long before it is taken away a node hands over what still runs."""
+
 INTERRUPT_DRAIN_S = 2.0
 """How long Ctrl-C waits for what is running; SIGTERM and ``leave`` wait as long as they are told."""
 
@@ -47,6 +50,12 @@ def join(
     slots: Annotated[int, typer.Option(min=1, max=1024, help="Engine and training batches at the same time.")] = 1,
     site: Annotated[str, typer.Option(help="Where it is, a word of yours; else FLOWMESH_SITE.")] = "",
     drain_s: Annotated[float, typer.Option(min=0.0, help="Seconds that SIGTERM waits for what is running.")] = 10.0,
+    notice_file: Annotated[
+        Path | None,
+        typer.Option(help="A file that appears when this machine is to be taken away; it may tell in how many seconds."),
+    ] = None,
+    notice_url: Annotated[str, typer.Option(help="Metadata address that tells the same, as AWS, GCP and Azure have it.")] = "",
+    notice_anywhere: Annotated[bool, typer.Option(help="Let that address be another machine than this one.")] = False,
     allow_hub: Annotated[bool, typer.Option(help="Let executors download from the Hugging Face hub.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -55,6 +64,10 @@ def join(
     from flowmesh_node.settings import Settings, default_folder, number_from, read_join_file
     from flowmesh_node.witness import call_witness
 
+    if notice_url:
+        from flowmesh_node.notices import check_address
+
+        check_address(notice_url, anywhere=notice_anywhere)
     joined = read_join_file(join_file)
     Credentials.parse(joined.credentials)
     if name and name != joined.node:
@@ -75,6 +88,8 @@ def join(
         slots=slots,
         user_slots=max(1, int(found.cpus)),
         drain_s=drain_s,
+        notice_file=notice_file,
+        notice_url=notice_url,
         allow_hub=allow_hub,
         checkpoint_s=(number_from(os.environ, ("FLOWMESH_CHECKPOINT_S",)) or (0.0,))[0],
     )
@@ -107,9 +122,11 @@ async def _serve(settings: Any, found: Any, witness: Any, as_json: bool) -> None
         starting.result()
         server = await control.serve(settings.folder, lambda command: _answer(agent, asked, command))
         _say(f"joined {settings.mesh or 'the mesh'} as {settings.node}", {"event": "joined", "node": settings.node}, as_json)
+        noticed = asyncio.create_task(_watch_notices(agent, settings, asked, as_json))
         refused = asyncio.create_task(agent.is_refused.wait())
         await asyncio.wait({first, refused}, return_when=asyncio.FIRST_COMPLETED)
         refused.cancel()
+        noticed.cancel()
         if agent.refusal is not None and not first.done():
             first.cancel()
             witness.release()
@@ -120,6 +137,20 @@ async def _serve(settings: Any, found: Any, witness: Any, as_json: bool) -> None
         await _leave(agent, asked, reason, budget_s, as_json)
         witness.release()
         server.close()
+
+
+async def _watch_notices(agent: Any, settings: Any, asked: asyncio.Queue[tuple[str, float]], as_json: bool) -> None:
+    """Leave in time when this machine is to be taken away."""
+    from flowmesh_mesh.clock import now_us
+    from flowmesh_node.notices import wait_for_notice
+
+    if settings.notice_file is None and not settings.notice_url:
+        return
+    at_us = await wait_for_notice(settings.notice_file, settings.notice_url)
+    left_s = max(0.0, (at_us - now_us()) / 1e6)
+    _say(f"this machine is to be taken away in {left_s:.0f} s", {"event": "notice", "leaving_at_us": at_us}, as_json)
+    agent.notice(at_us)
+    asked.put_nowait(("to be taken away", max(0.0, left_s - NOTICE_MARGIN_S)))
 
 
 async def _leave(agent: Any, asked: asyncio.Queue[tuple[str, float]], reason: str, budget_s: float, as_json: bool) -> None:
@@ -150,6 +181,11 @@ async def _answer(agent: Any, asked: asyncio.Queue[tuple[str, float]], command: 
         case "leave":
             asked.put_nowait(("asked to leave", float(command.get("budget_s", 600.0))))
             return {"ok": True}
+        case "drain" | "cordon" | "uncordon" as wish:
+            if agent.state in ("active", "draining", "cordoned") and agent.taking_leave is False:
+                await {"drain": agent.pause, "cordon": agent.cordon, "uncordon": agent.resume}[wish]()
+                return {"ok": True, "state": agent.state}
+            return {"error": f"the node is {agent.state}, and leaves"}
         case other:
             return {"error": f"unknown command {other!r}"}
 
@@ -218,6 +254,46 @@ def status(folder: Folder = None, as_json: Json = False) -> None:
         print(f"  {held['assignment']} {held['type']} x{held['items']}: {held['state']} for {held['for_s']} s")
     for executor in answer["executors"]:
         print(f"  {executor['kind']} process {executor['pid']}: {'busy' if executor['busy'] else 'idle'}")
+
+
+def _turn(folder: Path | None, wish: str, as_json: bool) -> Path:
+    from flowmesh_node import control
+
+    where = _one_folder(folder)
+    answer = control.ask(where, {"what": wish})
+    if answer.get("error"):
+        raise UsageError(str(answer["error"]), hint="Look with `flowmesh-node status`.")
+    _say(str(answer["state"]), {"event": wish, "state": answer["state"]}, as_json)
+    return where
+
+
+@app.command()
+def drain(
+    folder: Folder = None,
+    wait_s: Annotated[float, typer.Option(min=0.0, help="Seconds to wait until nothing runs; 0 does not wait.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Take nothing new, give back what has not begun, finish the rest; the node stays until `leave` or `uncordon`."""
+    from flowmesh_node import control
+
+    where = _turn(folder, "drain", as_json)
+    deadline_s = time.monotonic() + wait_s
+    while wait_s and control.ask(where, {"what": "status"})["assignments"]:
+        if time.monotonic() > deadline_s:
+            raise TransientError(f"the node in {where} still runs something", hint="Look with `flowmesh-node status`.")
+        time.sleep(0.2)
+
+
+@app.command()
+def cordon(folder: Folder = None, as_json: Json = False) -> None:
+    """Take nothing new, and go on with all that is held; `uncordon` ends it."""
+    _turn(folder, "cordon", as_json)
+
+
+@app.command()
+def uncordon(folder: Folder = None, as_json: Json = False) -> None:
+    """Take work again after `cordon` or `drain`."""
+    _turn(folder, "uncordon", as_json)
 
 
 @app.command()

@@ -23,7 +23,9 @@ log = logging.getLogger("flowmesh.node")
 SPOOL_AFTER_S = 1.0
 OFFER_AGAIN_S = 3.0
 OFFER_AGAIN_MAX_S = 60.0
+OFFER_SOON_S = 0.5
 STORE_TIMEOUT_S = 2.0
+WARN_EVERY_S = 30.0
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class Part:
     is_last: bool
     made_at_s: float
     offers: int = 0
+    sent: int = 0
     next_offer_at_s: float = 0.0
     is_spooled: bool = False
 
@@ -50,6 +53,8 @@ class Delivery:
     clock: Callable[[], float]
     _open: dict[str, list[Part]] = field(default_factory=dict)
     _sending: set[asyncio.Task[None]] = field(default_factory=set)
+    _order: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _last_warned_s: float = -1e9
 
     def unconfirmed(self) -> tuple[str, ...]:
         """Return the assignments that have messages out."""
@@ -94,25 +99,42 @@ class Delivery:
             is_last,
         )
 
-    def send(self, done: Done) -> None:
-        """Publish a message and keep it until :meth:`settle`; never waits."""
+    def send(self, done: Done, *, is_safe_first: bool = False) -> None:
+        """Publish a message and keep it until :meth:`settle`; never waits.
+
+        ``is_safe_first``: it is on disk before anybody hears of it. What may have had effects should not run again only because
+        this agent ended a moment after it had told of the result.
+        """
         parts = self._open.setdefault(done.assignment, [])
         number = 1 + max((part.number for part in parts), default=-1)
         part = Part(number, encode(done), done.last, self.clock())
         parts.append(part)
-        self._offer(done.assignment, part)
+        if not is_safe_first:
+            self._offer(done.assignment, part)
+            return
+        part.next_offer_at_s = self.clock() + OFFER_AGAIN_MAX_S
+        task = asyncio.create_task(self._keep_and_offer(done.assignment, part))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _keep_and_offer(self, assignment: str, part: Part) -> None:
+        async with self._order:  # parts are told in the order in which they were made
+            await self._spool([(assignment, part)])
+            if part in self._open.get(assignment, ()):
+                self._offer(assignment, part)
 
     def _offer(self, assignment: str, part: Part) -> None:
         part.offers += 1
+        part.sent += 1
         pause = min(OFFER_AGAIN_MAX_S, OFFER_AGAIN_S * 2 ** (part.offers - 1)) * random.uniform(0.8, 1.2)
         part.next_offer_at_s = self.clock() + pause
-        if part.offers == 1 and self.bus.connected:
+        if part.sent == 1 and self.bus.connected:
             # The stream takes it without an answer; what counts is the leader's commit, and without one it is offered again.
             self.bus.post(subjects.node_done(self.node), part.data)
             self.bus.push()
             return
         # A name of its own for every offer: the broker must not take a deliberate repetition for a duplicate.
-        task = asyncio.create_task(self._store(part, f"{assignment}.{part.number}.{part.offers}"))
+        task = asyncio.create_task(self._store(part, f"{assignment}.{part.number}.{part.sent}"))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
@@ -124,10 +146,12 @@ class Delivery:
             part.next_offer_at_s = min(part.next_offer_at_s, self.clock() + random.uniform(0.5, 1.5))
 
     def offer_all(self) -> None:
-        """Offer everything again, now: the connection is new, or the leader is."""
+        """Offer everything again, now and again soon: the connection is new, or the leader is, who may not listen yet."""
         for assignment, parts in self._open.items():
             for part in parts:
+                part.offers = 0
                 self._offer(assignment, part)
+                part.next_offer_at_s = self.clock() + OFFER_SOON_S * random.uniform(0.8, 1.2)
 
     def settle(self, assignment: str) -> None:
         """Forget an assignment: the leader has shown that it is closed."""
@@ -150,7 +174,11 @@ class Delivery:
     async def _spool_old(self, older_than_s: float = SPOOL_AFTER_S) -> None:
         limit = self.clock() - older_than_s
         fresh = [(name, part) for name, parts in self._open.items() for part in parts if not part.is_spooled]
-        old = [(name, part) for name, part in fresh if part.made_at_s <= limit]
+        await self._spool([(name, part) for name, part in fresh if part.made_at_s <= limit])
+
+    async def _spool(self, old: list[tuple[str, Part]]) -> None:
+        """Keep messages on disk. Where there is no room they stay in memory, and are offered all the same."""
+        old = [(name, part) for name, part in old if not part.is_spooled]
         if not old:
             return
         for _, part in old:
@@ -158,7 +186,9 @@ class Delivery:
         try:
             await asyncio.to_thread(self.spool.write, [(name, part.number, part.data) for name, part in old])
         except OSError as error:
-            log.warning("cannot spool results: %s", error)
+            if self.clock() - self._last_warned_s > WARN_EVERY_S:
+                self._last_warned_s = self.clock()
+                log.error("results cannot be kept on disk, only in memory: %s. Make room in %s", error, self.spool.folder)
             for _, part in old:
                 part.is_spooled = False
         for name, _ in old:

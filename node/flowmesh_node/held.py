@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flowmesh_mesh.bus import Delivery as Message
+from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.clock import monotonic_s
 from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import Assignment, Hop, Item, Outcome, Reason
@@ -49,6 +50,12 @@ class Held:
     aborted: set[bytes] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
     tails: dict[int, Tail] = field(default_factory=dict)
+    is_given_back: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Tell whether something of it runs, or is over."""
+        return self.state not in ("accepted", "fetching", "queued")
 
     def is_aborted(self, item: Item) -> bool:
         return item.key in self.aborted
@@ -125,7 +132,8 @@ class Post:
         blocks, self._blocks, self._bytes = tuple(self._blocks.values()), {}, 0
         is_last = not self.expected
         done = self._delivery.sign(self._held.assignment, outcomes, numeric=self._numeric, blocks=blocks, is_last=is_last)
-        self._delivery.send(done)
+        kind = CATALOG.get(self._held.assignment.type)
+        self._delivery.send(done, is_safe_first=kind is not None and kind.executor == "user")
         if is_last:
             self._held.state = "answered"
 

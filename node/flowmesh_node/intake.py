@@ -64,7 +64,7 @@ class Intake:
     @property
     def queued(self) -> int:
         """Return how many of these are not at work yet: inputs on their way, or the process busy with another batch."""
-        return sum(held.state in ("accepted", "fetching", "queued") for held in self.held.values())
+        return sum(not held.has_begun for held in self.held.values())
 
     # --- arrivals
 
@@ -138,7 +138,9 @@ class Intake:
             await self._settle(held, reply)
         except asyncio.CancelledError:
             reply.cancel_aborted()
-            raise
+            if not held.is_given_back:
+                raise
+            reply.fail_rest(Reason.PREEMPTED, "given back before it began: its node is draining")
         except Exception as error:
             log.exception("assignment %s", held.assignment.id)
             reply.fail_rest(Reason.INTERNAL, f"the node failed: {type(error).__name__}: {error}")
@@ -227,6 +229,15 @@ class Intake:
                         await held.message.in_progress()
                     except FlowmeshError as error:
                         log.info("cannot renew %s: %s", held.assignment.id, error.message)
+
+    def give_back(self) -> int:
+        """Give back what has not begun, so that other nodes take it at once; return how many assignments that were."""
+        waiting = [held for held in self.held.values() if not held.has_begun and held.task is not None and not held.task.done()]
+        for held in waiting:
+            held.is_given_back = True
+            if held.task is not None:
+                held.task.cancel()
+        return len(waiting)
 
     async def stop(self) -> None:
         """Cancel what runs, without a word to the leader: another node takes it over."""

@@ -46,6 +46,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Largest size of the materialised inputs; the least recently used go first."""
     checkpoint_s: float = 0.0
     """How often a training writes a checkpoint; 0 lets that follow from what one costs and how often such a node is lost."""
+    notice_file: Path | None = None
+    """A file whose appearance says that this machine will be taken away."""
+    notice_url: str = ""
+    """Address of the provider's metadata service that tells the same; empty: nobody is asked."""
     allow_hub: bool = False
     """Whether executors may download from the Hugging Face hub."""
 

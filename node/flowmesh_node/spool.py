@@ -16,11 +16,11 @@ class Spool:
     """A folder with one file per message. All methods block: call them from a thread."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, assignment: str, number: int) -> Path:
-        return self._folder / f"{sha256(assignment.encode()).hexdigest()[:32]}.{number:06d}.done"
+        return self.folder / f"{sha256(assignment.encode()).hexdigest()[:32]}.{number:06d}.done"
 
     def write(self, entries: Iterable[tuple[str, int, bytes]]) -> None:
         """Keep messages (assignment, number, bytes); they are on disk when this returns."""
@@ -32,7 +32,7 @@ class Spool:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
@@ -40,13 +40,13 @@ class Spool:
 
     def drop(self, assignment: str) -> None:
         """Forget the messages of an assignment."""
-        for path in self._folder.glob(f"{sha256(assignment.encode()).hexdigest()[:32]}.*.done"):
+        for path in self.folder.glob(f"{sha256(assignment.encode()).hexdigest()[:32]}.*.done"):
             path.unlink(missing_ok=True)
 
     def read_all(self) -> list[tuple[int, Done, bytes]]:
         """Return what an earlier life of this agent left: number, message, its bytes. What is unreadable is removed."""
         found: list[tuple[int, Done, bytes]] = []
-        for path in sorted(self._folder.glob("*.done")):
+        for path in sorted(self.folder.glob("*.done")):
             data = path.read_bytes()
             try:
                 found.append((int(path.name.split(".")[1]), decode(data, Done), data))
