@@ -157,44 +157,65 @@ def assert_single_results(entries: dict[str, bytes]) -> None:
     assert set(generations) == {"0"}
 
 
-@pytest.mark.parametrize(
-    ("schedulers", "is_leader_lost"),
-    [(1, False), (1, True), (2, True)],
-    ids=[
-        "the scheduler keeps its folder",
-        "the only scheduler loses its folder too",
-        "the leader loses its folder, a standby does not",
-    ],
+@dataclass(frozen=True)
+class Loss:
+    """What is lost along with the broker's store."""
+
+    name: str
+    schedulers: int
+    is_leader_lost: bool
+
+    @property
+    def are_ends_lost(self) -> bool:
+        return self.is_leader_lost and self.schedulers == 1
+
+
+LOSSES = (
+    Loss("nothing-else", 1, False),
+    Loss("folder-of-the-only-scheduler", 1, True),
+    Loss("folder-of-the-leader-beside-a-standby", 2, True),
 )
-async def test_no_accepted_run_is_lost_with_the_whole_store_of_the_broker(
-    tmp_path: Path, schedulers: int, is_leader_lost: bool
-) -> None:
+
+
+async def test_no_accepted_run_is_lost_with_the_whole_store_of_the_broker(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as group:  # side by side: they wait nearly all the time
+        for loss in LOSSES:
+            group.create_task(lose_and_recover(made(tmp_path / loss.name), loss), name=loss.name)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+async def lose_and_recover(folder: Path, loss: Loss) -> None:
+    """Submit runs, lose the broker's store and what else is lost, and see every run through."""
     async with AsyncExitStack() as stack:
-        folder, tenants = tmp_path / "mesh", list(TENANTS)
-        mesh = await stack.enter_async_context(embedded_mesh(folder, nodes=2, tenants=tenants, schedulers=schedulers))
+        meshes = embedded_mesh(folder / "mesh", nodes=2, tenants=list(TENANTS), schedulers=loss.schedulers)
+        mesh = await stack.enter_async_context(meshes)
         team_a = await stack.enter_async_context(connect(mesh, "team-a"))
         team_b = await stack.enter_async_context(connect(mesh, "team-b"))
-        if schedulers > 1:
+        if loss.schedulers > 1:
             await until(partial(has_standby, team_a))
-        runs = await submit_all(team_a, team_b, tmp_path)
-        if schedulers > 1:
+        runs = await submit_all(team_a, team_b, folder)
+        if loss.schedulers > 1:
             assert any(name.startswith("hub-") for name in (await team_a.status())["keepers"]["holders"])
         waiting = {name: asyncio.create_task(run.wait(DEADLINE_S)) for name, run in runs.live.items()}
         leader = await leading(mesh, team_a)
         lose_the_store(mesh)
-        if is_leader_lost:
+        if loss.is_leader_lost:
             lose_what_a_scheduler_has(mesh, leader)
         # nobody asks a client's journal here: what is proved is what the mesh itself still knows
         team_a.journal = team_b.journal = None
         await mesh.start("broker")
-        if is_leader_lost and schedulers == 1:
+        if loss.are_ends_lost:
             await mesh.start(leader)
         results: dict[str, Results] = {name: await task for name, task in waiting.items()}
         assert {name: each.state for name, each in results.items()} == dict.fromkeys(results, "succeeded")
         assert await (await team_a.run(runs.live["large"].id)).outputs("first")
         assert_single_results(await ledger(mesh))
         known = {row["run"]: row for row in await team_a.runs()}
-        if is_leader_lost and schedulers == 1:
+        if loss.are_ends_lost:
             assert runs.ended.id not in known  # its end is gone with every folder that knew it, and so is its acceptance
             assert runs.cancelled.id not in known
         else:
