@@ -34,6 +34,7 @@ from flowmesh_mesh.delivery import (
     format_headers,
     parse_headers,
 )
+from flowmesh_mesh.isolation import Silence
 from flowmesh_mesh.pull import Callback, Pull
 from flowmesh_mesh.stream_api import ConsumerState, StreamApi, StreamInfo, StreamState
 from flowmesh_mesh.subscription import Subscription
@@ -61,6 +62,7 @@ log = logging.getLogger("flowmesh.bus")
 BATCH_MAX_MESSAGES = 1000
 
 _BAD_SUBJECT = re.compile(r"[\s]|^\.|\.\.|\.$|^$")
+_NOBODY = b"NATS/1.0 503"
 _VIOLATION = re.compile(r'publish to "([^"]+)"')
 
 
@@ -103,6 +105,7 @@ class Bus(StreamApi):
         self.connection = connection
         self.urls = tuple(urls)
         self._inbox = inbox
+        self._silence = Silence(len(self.urls))
         self._inbox_count = 0
         self._requests: dict[str, _Request] = {}
         self._request_count = 0
@@ -337,10 +340,28 @@ class Bus(StreamApi):
     def _expire(self, token: str, timeout_s: float) -> None:
         request = self._requests.get(token)
         if request is not None:
+            self.note_silence(request.subject)
             self._settle(token, UnknownOutcomeError(f"no answer from {request.subject} within {timeout_s:g} s"))
 
     def _answer(self, subject: bytes, _reply: bytes, data: bytes, headers: bytes | None) -> None:
-        self._settle(subject[len(self._request_prefix) :].decode(), (data, headers))
+        token = subject[len(self._request_prefix) :].decode()
+        if headers is not None and headers.startswith(_NOBODY) and (request := self._requests.get(token)) is not None:
+            self.note_silence(request.subject)
+        else:
+            self._silence.broken()
+        self._settle(token, (data, headers))
+
+    def note_answer(self) -> None:
+        """Somebody behind the broker has answered."""
+        self._silence.broken()
+
+    def note_silence(self, subject: str) -> None:
+        """Nobody has answered; go to another broker when that lasts, for this one may be cut off from the rest."""
+        if self._silence.grows(self._loop.time(), subject) and self.connected:
+            log.warning("nobody answers behind this broker: trying another")
+            task = asyncio.ensure_future(_guard(self.connection.move(), "moving to another broker"))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
         """Listen to core messages; with ``queue`` each message goes to one member of the group.

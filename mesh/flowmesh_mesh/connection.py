@@ -208,7 +208,10 @@ class Connection(Client):  # type: ignore[misc]
         self._flush_scheduled = False
         if self._pending and self.is_connected and self._transport:
             commands, self._pending, self._pending_data_size = self._pending, [], 0
-            self._transport.write(commands[0] if len(commands) == 1 else b"".join(commands))
+            try:
+                self._transport.write(commands[0] if len(commands) == 1 else b"".join(commands))
+            except RuntimeError as error:  # the loop closed the socket a moment ago; the read loop is about to see it
+                log.debug("a connection ended while something was sent: %s", error)
 
     async def wait_writable(self) -> None:
         """Wait while too many bytes are unsent."""
@@ -270,6 +273,11 @@ class Connection(Client):  # type: ignore[misc]
             self._note_loss()
             self.on_drop()
         await super()._process_op_err(error)
+
+    async def move(self) -> None:
+        """Go to another broker although the link to this one holds."""
+        self._note_loss()
+        await self.force_reconnect()
 
     async def force_reconnect(self) -> None:
         if self.is_connected:

@@ -102,6 +102,7 @@ class Pull:
             self._receive_status(slot, parse_headers(headers))
             return
         self._failures = 0
+        self._bus.note_answer()
         delivery = Delivery(self._bus, subject.decode(), reply.decode(), data, headers)
         if self._worker is None:
             try:
@@ -115,6 +116,10 @@ class Pull:
 
     def _receive_status(self, slot: _Slot, headers: dict[str, str]) -> None:
         status = headers.get(STATUS, "")
+        if status == "503":
+            self._bus.note_silence(self._subject)
+        else:
+            self._bus.note_answer()
         if status == "100" or slot.retry is not None:
             return
         if status in _QUIET:
@@ -152,6 +157,7 @@ class Pull:
             for slot in self._slots:
                 silent_s = self._loop.time() - slot.heard_at
                 if silent_s > self._patience_s and slot.retry is None and self._bus.connected and not self._queue:
+                    self._bus.note_silence(self._subject)
                     try:
                         self._renew(slot)
                     except FlowmeshError as error:
