@@ -59,8 +59,8 @@ class Cadence:
         self.stall_s = _mixed(self.stall_s, stall_s)
 
     def note_kept(self, behind_s: float) -> None:
-        """Learn how long one took from the stall until the mesh held it."""
-        self.behind_s = _mixed(self.behind_s, behind_s)
+        """Learn how long one took from the stall until the mesh held it. What takes longer is believed at once."""
+        self.behind_s = max(behind_s, _mixed(self.behind_s, behind_s))
 
 
 def _mixed(known: float, new: float) -> float:

@@ -112,7 +112,7 @@ def _numpy_state() -> list[Any]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(snapshot: Snapshot, folder: Path, manifest: CheckpointManifest) -> None:
+def write(snapshot: Snapshot, history: bytes, folder: Path, manifest: CheckpointManifest) -> None:
     """Write a checkpoint to ``folder``, all of it or nothing: files and manifest synced under another name, then renamed."""
     from safetensors.torch import save
 
@@ -122,8 +122,7 @@ def write(snapshot: Snapshot, folder: Path, manifest: CheckpointManifest) -> Non
     for name, tensors in snapshot.tensors.items():
         files[name] = _write_file(partial / name, save(tensors))
     files[SCALARS] = _write_file(partial / SCALARS, _json(snapshot.scalars))
-    # One line per step: what earlier checkpoints wrote is the beginning of this file, so stores hold it once.
-    files[HISTORY] = _write_file(partial / HISTORY, b"".join(_json(row) + b"\n" for row in snapshot.history))
+    files[HISTORY] = _write_file(partial / HISTORY, history)
     _write_file(partial / MANIFEST, encode_manifest(msgspec.structs.replace(manifest, files=files)))
     _sync_folder(partial)
     partial.rename(folder)
@@ -167,14 +166,19 @@ class Keeper:
         self._is_wanted = False
         self._rested_since_s = monotonic_s()
         self._writing: threading.Thread | None = None
+        self._is_writing = False
+        self._write_s = 0.0
+        # One line per step: what earlier checkpoints wrote is the beginning of this file, so stores hold it once.
+        self._history = bytearray()
+        self._rows = 0
 
     def is_due(self, step: int) -> bool:
         """Tell, after a step, whether to take one now. There is none after the last step: the result follows."""
         is_wanted, behind_s = self._saving.pace()
         if behind_s:
-            self._cadence.note_kept(behind_s)
+            self._cadence.note_kept(self._write_s + behind_s)
         self._is_wanted = self._is_wanted or is_wanted
-        if step >= self._manifest.steps or (self._writing is not None and self._writing.is_alive()):
+        if step >= self._manifest.steps or self._is_writing:
             return False
         return self._is_wanted or monotonic_s() - self._rested_since_s >= self._cadence.pause_s
 
@@ -194,18 +198,24 @@ class Keeper:
             self._rested_since_s = monotonic_s()
             return
         stall_us = (monotonic_ns() - began_ns) // 1000
+        self._is_writing = True
         self._writing = threading.Thread(target=self._write, args=(snapshot, stall_us), name="checkpoint", daemon=True)
         self._writing.start()
         self._cadence.note_stall((monotonic_ns() - began_ns) / 1e9)
         self._rested_since_s = monotonic_s()
 
     def _write(self, snapshot: Snapshot, stall_us: int) -> None:
-        folder = self._folder / str(snapshot.step)
+        folder, began_s = self._folder / str(snapshot.step), monotonic_s()
+        self._history += b"".join(_json(row) + b"\n" for row in snapshot.history[self._rows :])
+        self._rows = len(snapshot.history)
         try:
-            write(snapshot, folder, msgspec.structs.replace(self._manifest, step=snapshot.step))
+            write(snapshot, bytes(self._history), folder, msgspec.structs.replace(self._manifest, step=snapshot.step))
         except (OSError, ValueError, RuntimeError) as error:
             self._log(f"no checkpoint of step {snapshot.step}: {error}")
             return
+        finally:
+            self._is_writing = False
+        self._write_s = monotonic_s() - began_s
         self._saving.keep(self._index, str(folder), snapshot.step, self._manifest.steps, stall_us)
 
     def finish(self) -> None:

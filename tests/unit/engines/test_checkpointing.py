@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowmesh_cas.errors import FlowmeshError
 from flowmesh_cas.store import MemoryStore
 from flowmesh_mesh import content
 from flowmesh_mesh.checkpoints import MANIFEST, check_stored, decode_manifest, encode_manifest
+from flowmesh_mesh.clock import monotonic_s
 from flowmesh_node.operators import checkpointing, engine
 from flowmesh_node.operators.base import Batch, Failed, Input, Item, Model, Produced, Row, decode_rows, encode_rows
 
@@ -37,11 +39,16 @@ KEY = "ab" * 32
 
 @dataclass
 class Agent:
-    """The agent's side of a training: wants checkpoints after these steps, and keeps what comes."""
+    """The agent's side of a training: wants checkpoints after these steps, and keeps what comes.
+
+    The next step waits until what was wanted has come, unless it never does: one at a time is written.
+    """
 
     wanted: Iterable[int] = ()
+    comes: bool = True
     kept: dict[int, Path] = field(default_factory=dict)
     step: int = 0
+    asked: int = 0
 
     def keep(self, index: int, path: str, step: int, steps: int, stall_us: int) -> None:
         assert (index, steps) == (0, STEPS)
@@ -50,6 +57,10 @@ class Agent:
 
     def pace(self) -> tuple[bool, float]:
         self.step += 1
+        until_s = monotonic_s() + 60
+        while self.comes and len(self.kept) < self.asked and monotonic_s() < until_s:
+            time.sleep(0.01)
+        self.asked += self.step in self.wanted
         return self.step in self.wanted, 0.0
 
 
@@ -233,7 +244,7 @@ def test_files_that_cannot_be_written_leave_no_checkpoint_and_do_no_harm(
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(checkpointing, "encode_manifest", full)
-    agent = Agent(TAKEN)
+    agent = Agent(TAKEN, comes=False)
     trained = train(batch_of(model, "train.sft", scratch=tmp_path), agent)
     assert agent.kept == {}
     assert not [path for path in tmp_path.rglob("*") if path.name in map(str, TAKEN)]

@@ -46,6 +46,14 @@ def test_the_time_until_the_mesh_holds_it_is_taken_off_but_never_more_than_half(
     assert cadence.pause_s == 1.0
 
 
+def test_a_way_that_has_become_slow_is_believed_at_once_and_forgotten_slowly() -> None:
+    cadence = Cadence(behind_s=0.1)
+    cadence.note_kept(0.5)
+    assert cadence.behind_s == 0.5
+    cadence.note_kept(0.1)
+    assert 0.1 < cadence.behind_s < 0.5
+
+
 def test_one_slow_stall_does_not_change_everything() -> None:
     cadence = Cadence(stall_s=0.1)
     cadence.note_stall(1.1)
