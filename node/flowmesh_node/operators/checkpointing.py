@@ -206,11 +206,11 @@ class Keeper:
 
     def _write(self, snapshot: Snapshot, stall_us: int) -> None:
         folder, began_s = self._folder / str(snapshot.step), monotonic_s()
-        self._history += b"".join(_json(row) + b"\n" for row in snapshot.history[self._rows :])
-        self._rows = len(snapshot.history)
         try:
+            self._history += b"".join(_json(row) + b"\n" for row in snapshot.history[self._rows :])
+            self._rows = len(snapshot.history)
             write(snapshot, bytes(self._history), folder, msgspec.structs.replace(self._manifest, step=snapshot.step))
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             self._log(f"no checkpoint of step {snapshot.step}: {error}")
             return
         finally:
