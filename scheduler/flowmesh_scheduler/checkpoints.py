@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowmesh_cas.errors import FlowmeshError, IntegrityError, TransientError, UsageError
 from flowmesh_mesh import subjects
@@ -73,8 +73,8 @@ class Checkpoints:
         for made, is_here in zip(standing, here, strict=True):
             self._leader.apply(e.Checkpointed(made, is_here))
             if not is_here:
-                self._leader.spawn(self._bring(made))
-        self._leader.spawn(self._remove_left())
+                self._spawn(self._bring(made))
+        self._spawn(self._remove_left())
 
     def _on_scheduler(self, delivery: Delivery) -> None:
         with contextlib.suppress(UsageError):
@@ -92,6 +92,17 @@ class Checkpoints:
             except FlowmeshError as error:
                 log.info("checkpoint of %s, step %d, is not at this hub yet: %s", made.key.hex()[:12], made.step, error)
             await asyncio.sleep(BRING_AGAIN_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something run that may fail without ending a leadership: a checkpoint is a saving, not a promise."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except (FlowmeshError, OSError) as error:
+                log.warning("looking after checkpoints: %s", error)
+
+        self._leader.spawn(guarded())
 
     def _points_to(self, made: Checkpoint) -> bool:
         known = self._pointers.get(made.key)
@@ -113,7 +124,7 @@ class Checkpoints:
             self._offered[made.key] = made
             if made.key not in self._taking:
                 self._taking[made.key] = made
-                self._leader.spawn(self._take_all(made.key))
+                self._spawn(self._take_all(made.key))
 
     def _is_wanted(self, made: Checkpoint) -> bool:
         why = "it is damaged" if made.at.cid in self._damaged else refusal(self._leader.state, made)
@@ -128,7 +139,7 @@ class Checkpoints:
                 is_kept = False
                 try:
                     is_kept = await self._take(made)
-                except FlowmeshError as error:
+                except (FlowmeshError, OSError) as error:
                     log.warning("checkpoint of %s, step %d, from %s is not kept: %s", key.hex()[:12], made.step, made.node, error)
                 self._taking[key] = None
                 if not is_kept:
@@ -195,7 +206,7 @@ class Checkpoints:
         self._offered.pop(key, None)
         known = self._pointers.pop(key, None)
         if known is not None:
-            self._leader.spawn(self._drop(*known))
+            self._spawn(self._drop(*known))
 
     async def _drop(self, made: Checkpoint, sequence: int) -> None:
         await self._purge(subjects.assign_checkpoint(made.key.hex()), sequence + 1)
