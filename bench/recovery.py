@@ -8,7 +8,7 @@ Four parts, each on a private embedded mesh of two nodes and real processes:
 - ``reassign``: from the fault of a node to the new attempt at a dear operator that it was running;
 - ``outage``: the broker away for long in the middle of work: how many operators began anew.
 
-Restarts are counted from the attempts that the ledger's records name.
+Restarts are counted from the attempts that the ledger's records of the results name.
 """
 
 from __future__ import annotations
@@ -85,9 +85,8 @@ async def mesh_of_two() -> AsyncIterator[tuple[EmbeddedMesh, Mesh]]:
 
 
 async def attempts_of(run: Run) -> dict[str, int]:
-    """Return by operator which attempt made its result, as the ledger's records tell."""
-    found = await run.lineage()
-    return {row["name"]: int(row["attempt"]) for row in found["records"]}
+    """Return by operator which attempt made its result; that is what the ledger's record of the result names."""
+    return {row["name"]: int(row["attempt"]) for row in await run.operators()}
 
 
 async def _sleep_until(began_s: float, at_s: float) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib import metadata
@@ -65,6 +66,12 @@ BEAT_S = 1.0
 CONFIRM_S = 2.0
 """How long a node that leaves waits for the leader to confirm what it has answered."""
 
+LINES_WAIT_MAX_BYTES = 4 * 1024 * 1024
+"""Most bytes of printed lines that wait for a connection; the oldest go."""
+
+LINES_WAIT_S = 1.5
+"""How long they wait after it is back: they are not kept by anybody, and the leader may come back later."""
+
 BEAT_SPACING_S = 0.1
 """Least time between two heartbeats, so that a burst of changes is one message."""
 
@@ -109,6 +116,8 @@ class Agent:
         self.taking_leave = False
         self.on_notice: list[Callable[[int], None]] = []
         """Called with the time, in microseconds, when this machine is to be taken away."""
+        self._unsent: deque[bytes] = deque()
+        self._unsent_bytes = 0
         self._is_stopping = False
         self._pull: Pull | None = None
 
@@ -288,7 +297,23 @@ class Agent:
         self._post(subjects.node_beat(self.settings.node), encode(beat))
 
     def _send_log(self, lines: Log) -> None:
-        self._post(subjects.node_log(self.settings.node), encode(lines))
+        """Send lines on; while there is no connection the last of them wait for one."""
+        data = encode(lines)
+        if self.bus.connected and not self._unsent:
+            self._post(subjects.node_log(self.settings.node), data)
+            return
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        while self._unsent_bytes > LINES_WAIT_MAX_BYTES:
+            self._unsent_bytes -= len(self._unsent.popleft())
+
+    async def _send_unsent(self) -> None:
+        """Send the lines that waited, once whoever listens has had time to come back too."""
+        await asyncio.sleep(LINES_WAIT_S)
+        while self._unsent and self.bus.connected:
+            data = self._unsent.popleft()
+            self._unsent_bytes -= len(data)
+            self._post(subjects.node_log(self.settings.node), data)
 
     def _post(self, subject: str, data: bytes) -> None:
         """Publish what may be lost; while disconnected it is."""
@@ -301,6 +326,7 @@ class Agent:
             self.delivery.offer_all()
             self.checkpoints.offer_all()
             self._spawn(self._announce())
+            self._spawn(self._send_unsent())
             self._note_change()
 
     # --- being told
@@ -327,7 +353,7 @@ class Agent:
             case Guard() | Unguard() | Recall():
                 self.keeper.receive(control, message)
             case Epoch():
-                if self.intake.epochs.see(control.epoch):
+                if self.intake.epochs.see(control.epoch, control.wire):
                     self.delivery.offer_all()
                     self.checkpoints.offer_all()
                 self._note_change()

@@ -16,7 +16,7 @@ from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
 from flowmesh_mesh.wire import check_peer
-from flowmesh_scheduler import audit, cordons, explanations, lineage, sharding, tenants
+from flowmesh_scheduler import audit, cordons, explanations, lineage, printed, sharding, tenants
 from flowmesh_scheduler.core.ending import outputs_of
 from flowmesh_scheduler.core.recovery import evaluate
 from flowmesh_scheduler.core.state import Node, Run, Vertex, VertexState
@@ -286,14 +286,15 @@ def _operator_row(vertex: Vertex) -> dict[str, Any]:
     }
 
 
-def _log(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
+async def _log(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:
     run = find_run(leader, tenant, args.get("run"))
     wanted = args.get("operator")
     vertex = next((v for v in run.vertices if v.operator.name == wanted), None)
     if vertex is None:
         raise NotFoundError(f"run {run.id} has no operator {wanted!r}", hint="`flowmesh show RUN` lists them.")
-    lines = list(leader.feeds.feed(tenant, run.id).lines.get(vertex.index, ()))
-    return {"lines": lines, "log": plain_ref(vertex.log) if vertex.log is not None else None}
+    lines = leader.feeds.lines_of(tenant, run.id, vertex.index, vertex.attempt)
+    earlier = await printed.earlier_attempts(leader, vertex)
+    return {"lines": lines, "log": plain_ref(vertex.log) if vertex.log is not None else None, "earlier": earlier}
 
 
 async def _lineage(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, Any]:

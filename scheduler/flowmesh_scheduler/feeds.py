@@ -32,7 +32,7 @@ class Feed:
         self.changes: list[Any] = []
         self.counts: Mapping[str, int] = {}
         self.timer: asyncio.TimerHandle | None = None
-        self.lines: dict[int, deque[str]] = {}
+        self.lines: dict[int, tuple[int, deque[str]]] = {}
 
 
 class Feeds:
@@ -109,11 +109,23 @@ class Feeds:
             feed.timer.cancel()
             feed.timer = None
 
-    def note_lines(self, tenant: str, run: str, index: int, name: str, lines: list[str]) -> None:
-        """Publish log lines and keep the last of them for those who ask later."""
+    def note_lines(
+        self, tenant: str, run: str, index: int, name: str, lines: list[str], attempt: int = 0, node: str = ""
+    ) -> None:
+        """Publish log lines and keep the last of them, of the newest attempt, for those who ask later."""
         feed = self.feed(tenant, run)
-        feed.lines.setdefault(index, deque(maxlen=LINES_KEPT)).extend(lines)
-        self.tell(tenant, run, "log", {"index": index, "name": name, "lines": lines})
+        newest, kept = feed.lines.get(index, (0, deque[str](maxlen=LINES_KEPT)))
+        if attempt > newest:
+            kept.clear()
+        if attempt >= newest:
+            kept.extend(lines)
+            feed.lines[index] = (attempt, kept)
+        self.tell(tenant, run, "log", {"index": index, "name": name, "lines": lines, "attempt": attempt, "node": node})
+
+    def lines_of(self, tenant: str, run: str, index: int, attempt: int) -> list[str]:
+        """Return the last lines that an attempt at an operator printed."""
+        newest, kept = self.feed(tenant, run).lines.get(index, (0, deque[str]()))
+        return list(kept) if newest in (0, attempt) else []
 
     def forget(self, tenant: str, run: str) -> None:
         """Drop the feed of a run that is no longer in memory."""

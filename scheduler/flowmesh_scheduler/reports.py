@@ -129,6 +129,8 @@ class Reports:
                     await asyncio.sleep(JOIN_AGAIN_S * random.uniform(0.5, 1.5))
             self._by_key[record.public_key] = record.node
             self._leader.apply(e.NodeJoined(record))
+            if not has_consumer:
+                self._leader.tell_epoch(subjects.node_control(record.node))
         finally:
             self._sought.discard(record.node)
 
@@ -184,7 +186,13 @@ class Reports:
         work = self._leader.state.works.get(message.key)
         for vertex in work.waiters if work is not None else ():
             self._leader.feeds.note_lines(
-                vertex.run.tenant, vertex.run.id, vertex.index, vertex.operator.name, list(message.lines)
+                vertex.run.tenant,
+                vertex.run.id,
+                vertex.index,
+                vertex.operator.name,
+                list(message.lines),
+                message.attempt,
+                message.node,
             )
 
 

@@ -61,6 +61,31 @@ async def test_dear_work_of_a_killed_node_moves_before_its_lease_ends_and_says_w
         assert row["ended_at_us"] > row["started_at_us"] > 0
 
 
+async def test_what_an_operator_printed_is_read_after_its_node_has_vanished(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(
+        "import os, time\n\n\ndef speak(flag):\n    print('first words', flush=True)\n"
+        "    if not os.path.exists(flag):\n        open(flag, 'w').close()\n        time.sleep(60)\n    return 1\n"
+    )
+    (tmp_path / "w.json").write_bytes(
+        msgspec.json.encode(
+            document(
+                {"a": {"type": "python.call", "function": "code.py:speak", "with": {"args": {"flag": str(tmp_path / "flag")}}}}
+            )
+        )
+    )
+    async with embedded_mesh(tmp_path / "mesh", nodes=2) as mesh, connect(context=mesh) as client:
+        run = await client.submit(tmp_path / "w.json")
+        first = await until_at_work(run)
+        async with asyncio.timeout(DEADLINE_S):
+            while not [line async for line in run.logs("a")]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        mesh.kill_node(first["node"])
+        assert (await run.result(DEADLINE_S)).state == "succeeded"
+        lines = [line async for _, line in run.logs("a")]
+        assert lines[0] == lines[2] == "first words"
+        assert lines[1] == f"[attempt 1 on {first['node']} ended here: node-lost]"
+
+
 async def test_a_connection_that_drops_for_a_second_restarts_no_long_operator(tmp_path: Path) -> None:
     async with embedded_mesh(tmp_path / "mesh", nodes=2) as mesh, connect(context=mesh) as client:
         joined = json.loads(mesh.layout.join_file("node-1").read_text())

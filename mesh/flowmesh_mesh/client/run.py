@@ -152,9 +152,13 @@ class Run:
 
     async def _log(self, row: dict[str, Any]) -> list[str]:
         body = await ask(self._mesh.bus, "log", {"run": self.id, "operator": row["name"]})
+        found: list[str] = []
+        for each in body.get("earlier") or ():
+            found += map(str, each["lines"])
+            found.append(f"[attempt {each['attempt']} on {each['node']} ended here: {each['reason'] or 'it gave no result'}]")
         if body.get("log"):
-            return await self._mesh.text_lines(body["log"])
-        return list(body.get("lines") or ())
+            return found + await self._mesh.text_lines(body["log"])
+        return found + list(body.get("lines") or ())
 
     async def outputs(self, name: str | None = None) -> dict[str, Output]:
         """Return the outputs to be had now: all that the workflow names, one of them, or the ports of one operator."""
