@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -41,6 +42,7 @@ def _arguments() -> argparse.Namespace:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end, or until Ctrl-C or SIGTERM, after which everything is still cleaned up."""
+    logging.getLogger("flowmesh").setLevel(logging.ERROR)  # that clients complain is what is wanted
 
     async def guarded() -> T:
         task = asyncio.ensure_future(work)

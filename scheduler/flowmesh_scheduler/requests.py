@@ -43,20 +43,23 @@ class Requests:
         self._read = 0
         self._removed = 0
 
-    async def listen(self) -> list[Subscription | Pull]:
-        """Subscribe to what tenants send, and take what waited for a leader."""
+    async def listen(self, listening: list[Subscription | Pull]) -> None:
+        """Subscribe to what tenants send, and take what waited for a leader.
+
+        Each subscription is added to ``listening`` at once: a take-over that fails here must leave nobody behind who answers.
+        """
         bus = self._leader.bus
         await self.ensure_consumer()
-        listening: list[Subscription | Pull] = [
-            await bus.subscribe(subjects.submit("*"), self._on_request),
-            await bus.subscribe(subjects.cancel("*"), self._on_request),
-            await bus.subscribe(subjects.ask("*"), self._on_ask),
-            await bus.subscribe(subjects.put("*"), self._on_put),
-            await bus.subscribe(subjects.get("*"), self._on_get),
-            await bus.pull(subjects.READY, "leader", self._on_ready),
-        ]
+        for subject, handler in (
+            (subjects.submit("*"), self._on_request),
+            (subjects.cancel("*"), self._on_request),
+            (subjects.ask("*"), self._on_ask),
+            (subjects.put("*"), self._on_put),
+            (subjects.get("*"), self._on_get),
+        ):
+            listening.append(await bus.subscribe(subject, handler))
+        listening.append(await bus.pull(subjects.READY, "leader", self._on_ready))
         await self.sweep()
-        return listening
 
     async def ensure_consumer(self) -> None:
         """Make the consumer of ready operators, which a broker that restarted has forgotten."""

@@ -135,7 +135,7 @@ class Leader:
             watch.lap("fence")
             self._listening += await self.reports.listen()
             self._listening += await self.checkpoints.listen()
-            self.bus.post(subjects.ALL_NODES_CONTROL, encode(self._epoch_record()))
+            self.tell_epoch(subjects.ALL_NODES_CONTROL)
             await self.keepers.restore_ledger()
             watch.lap("restore")
             reading = read_state(self.bus, self.hub, self.state, self.queue)
@@ -176,8 +176,9 @@ class Leader:
         self.lease.beat()
         return [event for event in early if not isinstance(event, e.NodeJoined | e.Checkpointed)]
 
-    def _epoch_record(self) -> Epoch:
-        return Epoch(self.state.epoch, self.name, self.lease.revision, self.since_us, WIRE_VERSION)
+    def tell_epoch(self, subject: str) -> None:
+        """Let nodes know who leads, under which epoch, and which version of the wire that is."""
+        self.bus.post(subject, encode(Epoch(self.state.epoch, self.name, self.lease.revision, self.since_us, WIRE_VERSION)))
 
     async def _raise_epochs(self) -> None:
         """Write the epoch records; from here on nobody who led earlier can write."""
@@ -217,7 +218,7 @@ class Leader:
 
         self._listening.append(await serve_blocks(self.bus, self.hub.store, subjects.HUB, now_us=now_us))
         await self.reports.catch_up()
-        self._listening += await self.requests.listen()
+        await self.requests.listen(self._listening)
 
     async def finish(self) -> None:
         """The end of a leadership that nobody has taken: let what was decided become durable, so that the next leader has it."""
@@ -301,7 +302,7 @@ class Leader:
                 self.stop(f"the broker has lost its streams {', '.join(lacking)}")
             else:
                 await patiently(partial(make_streams, self.bus, now_us() // 1000, self.config.replicas))
-                await self.requests.ensure_consumer()
+                await patiently(self.requests.ensure_consumer)
         finally:
             self._is_looking = False
 
