@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench sim versions scale chaos drills docs clean
+.PHONY: help setup demo test lint types bench sim sim-faults versions scale chaos drills docs clean
 
 python := .venv/bin/python
 # Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
@@ -11,7 +11,7 @@ workers ?= 2
 args ?=
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv and install the pinned versions (quick the second time)
 	@.ci/setup
@@ -52,6 +52,9 @@ chaos: setup ## Real processes killed, paused, cut off, filled up; drills first;
 
 drills: setup ## The fail-over drills alone, timed: leaders, nodes, brokers, a wiped store
 	@$(python) -m chaos.drills $(args)
+
+sim-faults: setup ## The production code under seeded faults on virtual time; lines in out/sim-faults.jsonl, histories of what failed
+	@$(python) -m tests.faults --seeds 1000 --minutes 10 --processes 2 $(args)
 
 docs: setup ## Write anew the pages of docs/ that are made from the code
 	@$(python) -m flowmesh_mesh.schema && $(python) -m flowmesh_mesh.reference

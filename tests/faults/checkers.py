@@ -148,12 +148,14 @@ def p4_p5_no_work_is_repeated(facts: Facts) -> list[str]:
 def _is_excused(before: Execution, again: Execution, facts: Facts) -> bool:
     if before.how in ("crashed", "timeout", "cancelled") or before.seconds < SETTLED_S:
         return True
-    if facts.speculates and again.began_s < before.ended_s:
+    if facts.speculates and (before.how == "running" or again.began_s < before.ended_s + SETTLED_S):
         return True
     for fault in facts.faults:
         overlaps = fault.at_s <= again.began_s and fault.until_s + LEASE_S >= before.began_s
         if overlaps and (fault.who in (before.node, "everything") or fault.kind == "broker-wipe"):
             return True
+        if fault.who == again.node and fault.at_s <= before.began_s and again.began_s <= fault.until_s + LEASE_S:
+            return True  # it had the work first, was given up, and went on with it when it was back
         if fault.who.startswith(("scheduler", "broker")) and fault.at_s - SETTLED_S <= before.began_s <= fault.until_s + LEASE_S:
             return True
         if fault.kind in ("node-blocks-lost", "node-blocks-rotten", "node-disk-full") and fault.at_s <= again.began_s:
@@ -171,7 +173,7 @@ def p7_status_is_true(facts: Facts) -> list[str]:
             if ends.setdefault(pair, told.state) != told.state:
                 found.append(f"P7: {told.run} of {told.tenant} was told to be {ends[pair]}, then {told.state}")
             if told.state == "succeeded" and told.body.get("lacking"):
-                found.append(f"P7: {told.run} of {told.tenant} succeeded, but {told.body['lacking']}")
+                found.append(f"P7: {told.run} of {told.tenant} succeeded, but nobody can give {told.body['lacking']}")
             if told.body.get("still_running"):
                 found.append(
                     f"P7: {told.run} of {told.tenant} was told to be {told.state} while {told.body['still_running']} ran"

@@ -141,6 +141,11 @@ class SimExecutor:
             begun.append(Execution(item.key, self.node, life, self._bench.now_s(), batch.type, seconds))
             self._bench.executions.append(begun[-1])
         for index, (item, execution) in enumerate(zip(batch.items, begun, strict=True)):
+            if batch.type == "python.call" and batch.timeout_s and execution.seconds > batch.timeout_s:
+                await asyncio.sleep(batch.timeout_s)  # the process that watches a user's function ends it
+                execution.ended_s, execution.how = self._bench.now_s(), "timeout"
+                watch.on_settled(frames.Settled(index, failed=Failed(Reason.TIMEOUT, "it ran too long")))
+                continue
             await asyncio.sleep(execution.seconds * (0.5 if self._bench.crash_next.get(self.node) else 1.0))
             if self._bench.crash_next.get(self.node):
                 self._bench.crash_next[self.node] -= 1

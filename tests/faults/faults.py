@@ -11,7 +11,7 @@ from tests.faults.history import Fault
 from tests.faults.loop import FROZEN
 from tests.faults.world import Machine, Node, World
 
-GAP_S = 14.0
+GAP_S = 9.0
 """Mean time between two faults."""
 
 WEIGHTS: dict[str, float] = {

@@ -92,7 +92,7 @@ def _note_unfinished(world: World) -> None:
 def _orders(seed: int, minutes: float, folder: Path) -> list[Order]:
     rng = random.Random(f"{seed} workload")
     write_source(folder / "documents")
-    orders = Author(rng).orders(TENANTS, max(6, round(minutes * rng.uniform(2.0, 4.0))), minutes * 60 * CALM_SHARE)
+    orders = Author(rng).orders(TENANTS, max(6, round(minutes * rng.uniform(2.0, 8.0))), minutes * 60 * CALM_SHARE)
     for order in orders:
         prepare(order, folder / "documents")
     return orders
@@ -101,6 +101,7 @@ def _orders(seed: int, minutes: float, folder: Path) -> list[Order]:
 async def _run(world: World, loop: VirtualLoop, minutes: float, kinds: tuple[str, ...] | None) -> None:
     for machine in world.machines:
         world.later(world.rng.uniform(0.0, 1.0), machine.boot)
+    world.check_cores()
     plan = faults.Plan(world, random.Random(f"{world.seed} faults"), minutes * 60 * CALM_SHARE, kinds)
     plan.schedule()
     await asyncio.sleep(minutes * 60 * CALM_SHARE)

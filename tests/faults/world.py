@@ -39,7 +39,9 @@ from flowmesh_node.operators.registry import REGISTRY, Available
 from flowmesh_node.settings import Settings as NodeSettings
 from flowmesh_scheduler import standbys
 from flowmesh_scheduler.config import Config
+from flowmesh_scheduler.core.check import check
 from flowmesh_scheduler.core.settings import Settings
+from flowmesh_scheduler.core.state import VertexState
 from flowmesh_scheduler.lease import TaskKeeper
 from flowmesh_scheduler.process import SchedulerProcess
 
@@ -47,6 +49,12 @@ TENANTS = ("team-a", "team-b", "team-c")
 TYPES = tuple(name for name in REGISTRY if not name.startswith(("llm.", "train.", "reward.")))
 LOOK_S = 0.3
 """How often a standby looks at the lease here; in production five times as often, which shows nothing more and costs time."""
+
+FETCHES_MAX = 60
+"""How often a client tries to fetch what its run gave, a few seconds apart: longer than any fault."""
+
+CHECK_S = 2.0
+"""How often the leader's state is checked against the invariants of the core."""
 
 RESTART_S = (0.5, 2.0)
 """How soon whoever watches over a process starts it again."""
@@ -315,6 +323,26 @@ class World:
         return max(
             leading, key=lambda each: each.service.leader.state.epoch if each.service and each.service.leader else 0, default=None
         )
+
+    def running(self, tenant: str, run: str) -> list[str]:
+        """Return what the leader lets run for a run, by the names of its operators."""
+        leader = self.leader
+        if leader is None or leader.service is None or leader.service.leader is None:
+            return []
+        found = leader.service.leader.state.runs.get((self.keyring.tenants[tenant], run))
+        vertices = found.vertices if found is not None else []
+        return [each.operator.name for each in vertices if each.state is VertexState.ASSIGNED]
+
+    def check_cores(self) -> None:
+        """Check the state of whoever leads, again and again."""
+        for scheduler in self.schedulers:
+            leader = scheduler.service.leader if scheduler.is_leading and scheduler.service is not None else None
+            if leader is not None:
+                try:
+                    check(leader.state)
+                except AssertionError as error:
+                    self.failures.append(f"invariant of the core at {self.loop.time():.3f}: {error}")
+        self.later(CHECK_S, self.check_cores)
 
     def later(self, after_s: float, action: Callable[[], Any]) -> None:
         """Do something later, outside of all processes."""
