@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import os
 import signal
@@ -10,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench.resume import disturbed, results_of, small_model, workflow
+from bench.resume import ROWS, disturbed, results_of, small_model, workflow
 
 from flowmesh_cas.pack_store import PackStore
 from flowmesh_deploy.embedded import embedded_mesh
-from flowmesh_mesh.checkpoints import PIN
+from flowmesh_mesh.checkpoints import MANIFEST, PIN, decode_manifest
 from flowmesh_mesh.client import connect
+from flowmesh_node.executor import Executor, Watch
+from flowmesh_node.executors import executor_environment
+from flowmesh_node.frames import Checkpointed
+from flowmesh_node.operators.base import Batch, Input, Item, Model, encode_rows
 
 _LACKING = [name for name in ("torch", "transformers", "trl", "peft", "datasets") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -51,6 +56,35 @@ async def test_a_training_outlives_its_node_and_then_its_leader(tmp_path: Path) 
         async with asyncio.timeout(30):  # nothing of a checkpoint is kept after the result
             while await asyncio.to_thread(held, tmp_path / "mesh"):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
+
+
+async def test_a_training_writes_a_checkpoint_when_it_is_told_to(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    data = encode_rows(ROWS)
+    rows = Input("rows", hashlib.sha256(data).hexdigest(), len(data), len(ROWS), data)
+    params = workflow(model, "train.sft", 100_000, 0)["operators"]["train"]["with"]
+    item = Item("ab" * 32, "train", params, {"rows": [rows]}, 0, 1)
+    (tmp_path / "scratch").mkdir()
+    models = {"model": Model(model, "sha256:small", model)}
+    batch = Batch("train.sft", 1, [item], models, scratch=str(tmp_path / "scratch"), cadence_s=1e6)
+    executor = Executor("train", executor_environment(cpus=1, slots=1, allow_hub=False))
+    await executor.start()
+    came: asyncio.Future[Checkpointed] = asyncio.get_running_loop().create_future()
+
+    def hear(line: str) -> None:
+        if line.startswith("step 3 "):
+            executor.checkpoint_now()
+
+    running = asyncio.create_task(executor.run(batch, Watch(lambda frame: None, hear, lambda frame: None, came.set_result)))
+    try:
+        async with asyncio.timeout(200):
+            frame = await came
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert frame.step > 3
+    data = await asyncio.to_thread(Path(frame.path, MANIFEST).read_bytes)
+    assert decode_manifest(data).step == frame.step
 
 
 def held(folder: Path) -> list[str]:
