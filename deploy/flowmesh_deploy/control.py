@@ -224,10 +224,11 @@ async def ask_status(bus: Bus) -> dict[str, Any] | None:
 
 
 async def register_tenants(layout: Layout, keyring: Keyring, names: list[str]) -> None:
-    """Hand the accounts of new tenants to a broker that is running."""
+    """Hand the accounts of new tenants to the brokers that are running; one that is away learns of them when it is back."""
     import msgspec
 
     from flowmesh_cas.errors import InternalError
+    from flowmesh_deploy.asking import ask_all
     from flowmesh_mesh.bus import Bus
 
     credentials = keyring.registrar()
@@ -235,8 +236,11 @@ async def register_tenants(layout: Layout, keyring: Keyring, names: list[str]) -
     bus = await Bus.connect(urls, credentials, name="flowmesh-up", inbox=credentials.inbox)
     try:
         for name in names:
-            answer = await bus.request("$SYS.REQ.CLAIMS.UPDATE", keyring.tenant_jwt(name).encode())
-            if msgspec.json.decode(answer, type=dict[str, Any]).get("error"):
-                raise InternalError(f"the broker refuses the account of tenant {name}: {answer.decode()[:300]}")
+            answers = await ask_all(bus, "$SYS.REQ.CLAIMS.UPDATE", keyring.tenant_jwt(name).encode(), len(urls), timeout_s=5.0)
+            if not answers:
+                raise TransientError(f"no broker takes the account of tenant {name}", hint="Try again.")
+            for answer in answers:
+                if msgspec.json.decode(answer, type=dict[str, Any]).get("error"):
+                    raise InternalError(f"the broker refuses the account of tenant {name}: {answer.decode()[:300]}")
     finally:
         await bus.close()

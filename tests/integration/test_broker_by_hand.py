@@ -189,6 +189,12 @@ async def test_a_mesh_works_on_brokers_by_hand(tmp_path: Path, processes: Proces
             except TransientError:  # nobody leads yet
                 await asyncio.sleep(0.1)
         assert (await run.result()).state == "succeeded"
+    document = json.loads((await asyncio.to_thread(flowmesh, "doctor", "--dir", str(one), "--json")).stdout)
+    assert {row["check"] for row in document["findings"] if row["severity"] == "fail"} == set()
+    assert "3 of 3 brokers answer and are healthy" in {row["finding"] for row in document["findings"]}
+    joined = await asyncio.to_thread(flowmesh, "doctor", "--dir", str(tmp_path / "broker-2"), "--json")
+    assert joined.returncode == 0
+    assert {row["check"] for row in json.loads(joined.stdout)["findings"]} == {"sync", "stores", "disks", "secrets", "expiry"}
 
 
 def test_a_broker_runs_once_and_ends_when_told(tmp_path: Path, processes: Processes) -> None:

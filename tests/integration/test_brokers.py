@@ -19,9 +19,10 @@ import pytest_asyncio
 
 from flowmesh_cas.errors import TransientError, UsageError
 from flowmesh_deploy.broker import Broker, Cluster
+from flowmesh_deploy.control import register_tenants
 from flowmesh_deploy.embedded import EmbeddedMesh, embedded_mesh
 from flowmesh_deploy.keyring import Keyring
-from flowmesh_deploy.layout import Layout, prepare, read_json
+from flowmesh_deploy.layout import Layout, prepare, read_json, write_json
 from flowmesh_deploy.ports import choose_port
 from flowmesh_mesh import isolation
 from flowmesh_mesh.bus import Bus, NoAnswerError, UnknownOutcomeError
@@ -255,6 +256,17 @@ async def test_a_broker_that_is_cut_off_from_the_others_is_left_although_its_lin
         lonely.stop(1.0)
 
 
+async def test_a_new_tenant_is_let_in_by_every_broker(three: Three, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    write_json(layout.state, {"urls": three.urls})
+    await three.joined()
+    three.keyring.add_tenants(["late"])
+    await register_tenants(layout, three.keyring, ["late"])
+    for url in three.urls:
+        credentials = three.keyring.client("late")
+        await (await Bus.connect(url, credentials, name="late", inbox=credentials.inbox)).close()
+
+
 # --- a whole mesh
 
 
@@ -365,6 +377,26 @@ def test_a_mesh_of_three_has_three_of_everything_and_one_secret(tmp_path: Path) 
     assert read_json(layout.desired)["brokers"] == 3
     assert read_json(layout.context)["urls"] == context["urls"]
     Credentials.load(layout.scheduler_folder("scheduler-3") / files[2]["credentials"])
+
+
+def test_the_folder_of_an_earlier_release_gets_what_it_lacks(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "m")
+    prepare(layout, nodes=1, tenants=["team-a"])
+    known = read_json(layout.desired)
+    write_json(layout.desired, {name: known[name] for name in ("version", "mesh", "nodes")})
+    found = read_json(layout.scheduler)
+    write_json(layout.scheduler, {name: value for name, value in found.items() if name not in ("name", "secret", "replicas")})
+    keys = read_json(layout.keys)
+    del keys["roles"]["inspector"]
+    write_json(layout.keys, keys)
+    layout.inspector.unlink()
+    layout.secret.write_text("ab" * 32)
+    prepare(layout, nodes=None, tenants=[])
+    assert read_json(layout.desired) == known
+    assert read_json(layout.scheduler) == found
+    assert layout.secret.read_text() == "ab" * 32, "the secret that the scheduler has made stays"
+    assert Credentials.load(layout.inspector).name == "inspector"
+    assert {name: seed for name, seed in read_json(layout.keys)["roles"].items() if name in keys["roles"]} == keys["roles"]
 
 
 def test_settings_of_the_first_scheduler_are_those_of_all(tmp_path: Path) -> None:

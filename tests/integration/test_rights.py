@@ -210,8 +210,8 @@ async def test_a_node_cannot_be_used_to_answer_where_it_was_not_asked(played: Pl
 
 
 async def test_a_submission_carries_the_key_of_its_tenant(played: Played) -> None:
-    assert await played.client.store(subjects.TENANT_SUBMIT, b"{}", message_id="m") == 1
-    assert await played.client.store(subjects.TENANT_SUBMIT, b"{}", message_id="m") == 1
+    first = await played.client.store(subjects.TENANT_SUBMIT, b"{}", message_id="m")
+    assert await played.client.store(subjects.TENANT_SUBMIT, b"{}", message_id="m") == first
     assert await played.stranger.store(subjects.TENANT_CANCEL, b"{}") == 2
     found = [message.subject async for message in played.leader.read_stream(subjects.SUBMIT)]
     assert found == [subjects.submit(played.mesh.account("team-a")), subjects.cancel(played.mesh.account("team-b"))]
@@ -279,7 +279,7 @@ async def test_a_bare_client_listens_on_the_usual_inbox(played: Played) -> None:
     credentials = played.mesh.keyring.client("team-a")
     bare = await Bus.connect(played.mesh.url, credentials, name="bare", inbox="_INBOX")
     try:
-        assert await bare.store(subjects.TENANT_SUBMIT, b"{}") == 1
+        assert await bare.store(subjects.TENANT_SUBMIT, b"{}") > 0
     finally:
         await bare.close()
 

@@ -407,9 +407,8 @@ OF_BROKERS: tuple[Check, ...] = (sync, brokers, broker_versions, present, replic
 OF_MESH: tuple[Check, ...] = (leader, nodes, wire, versions, clocks)
 
 
-def examine(facts: Facts) -> list[Finding]:
-    """Return what every check that can be done finds, in order."""
-    found = []
-    for check in (*OF_MESH, *(OF_BROKERS if facts.folder is not None else ()), *(ON_THIS_MACHINE if facts.places else ())):
-        found += check(facts)
-    return found
+def examine(facts: Facts, *, is_asked: bool = True) -> list[Finding]:
+    """Return what every check that can be done finds, in order. Without ``is_asked`` only this machine was looked at."""
+    local = (sync, *ON_THIS_MACHINE) if not is_asked else ON_THIS_MACHINE
+    asked = (*OF_MESH, *(OF_BROKERS if facts.folder is not None else ())) if is_asked else ()
+    return [finding for check in (*asked, *(local if facts.places else ())) for finding in check(facts)]

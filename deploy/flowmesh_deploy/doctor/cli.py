@@ -33,27 +33,35 @@ def doctor(
 
     found_context, layout = _which(folder, context)
     facts = asyncio.run(gather(found_context, layout))
-    findings = examine(facts)
+    findings = examine(facts, is_asked=found_context is not None)
     if as_json:
         import json
 
-        document = {"mesh": found_context.mesh, "worst": worst(findings), "findings": [each.plain() for each in findings]}
+        mesh = found_context.mesh if found_context is not None else ""
+        document = {"mesh": mesh, "worst": worst(findings), "findings": [each.plain() for each in findings]}
         print(json.dumps(document))
     else:
         _tell([each for each in findings if not is_quiet or each.severity is not Severity.OK])
+        if found_context is None:
+            print("only this machine was looked at; the mesh can be asked where `flowmesh broker init` was run")
         if layout is None:
             print("only the leader was asked; brokers, streams and files are looked at where the folder of the mesh is (--dir)")
     if worst(findings) is Severity.FAIL:
         raise typer.Exit(1)
 
 
-def _which(folder: str | None, context: str | None) -> tuple[Context, Layout | None]:
-    """Return the context meant, and the folder of its mesh where that is on this machine."""
+def _which(folder: str | None, context: str | None) -> tuple[Context | None, Layout | None]:
+    """Return the context meant, and the folder of its mesh where that is on this machine.
+
+    The folder of a broker that joined others has no context: no credentials to ask with.
+    """
     from flowmesh_deploy.layout import Layout
     from flowmesh_mesh.context import find_context, load_context
 
     if folder is not None:
         layout = Layout(folder)
+        if (layout.folder / "broker.json").exists() and not layout.context.exists():
+            return None, layout
         return load_context(layout.context), layout
     found = find_context(context)
     layout = Layout(found.dir)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from flowmesh_cas.errors import FlowmeshError, TransientError
+from flowmesh_deploy.asking import ANSWER_S, ask_all
 from flowmesh_deploy.doctor.facts import Facts, Server
 from flowmesh_deploy.doctor.local import configured, look
 from flowmesh_deploy.layout import Layout
@@ -28,41 +29,16 @@ from flowmesh_mesh.messages import Beat, NodeRecord, SchedulerBeat, decode
 LISTEN_S = 2.2
 """Heartbeats come every second."""
 
-ANSWER_S = 1.0
 CONNECT_S = 3.0
 
 
 # --- brokers and their streams
 
 
-class _Answers:
-    """What several brokers answer to one question."""
-
-    def __init__(self, bus: Bus, expected: int) -> None:
-        self._bus = bus
-        self._expected = expected
-
-    async def ask(self, subject: str) -> list[tuple[dict[str, Any], float]]:
-        """Return the answers with how far each broker's clock is from ours, in seconds."""
-        inbox = self._bus.new_inbox()
-        answers: list[tuple[dict[str, Any], float]] = []
-        is_done = asyncio.Event()
-
-        def hear(delivery: Delivery) -> None:
-            body = msgspec.json.decode(delivery.data, type=dict[str, Any])
-            answers.append((body, _skew_s(str(body.get("server", {}).get("time", "")))))
-            if len(answers) >= self._expected:
-                is_done.set()
-
-        subscription = await self._bus.subscribe(inbox, hear)
-        await self._bus.publish(subject, b"", reply=inbox)
-        try:
-            await asyncio.wait_for(is_done.wait(), ANSWER_S)
-        except TimeoutError:
-            pass
-        finally:
-            await subscription.unsubscribe()
-        return answers
+async def _ask(bus: Bus, subject: str, expected: int) -> list[tuple[dict[str, Any], float]]:
+    """Return what the brokers answer, with how far the clock of each is from ours, in seconds."""
+    bodies = [msgspec.json.decode(answer, type=dict[str, Any]) for answer in await ask_all(bus, subject, b"", expected)]
+    return [(body, _skew_s(str(body.get("server", {}).get("time", "")))) for body in bodies]
 
 
 def _skew_s(time: str) -> float:
@@ -80,17 +56,16 @@ async def ask_brokers(facts: Facts, layout: Layout, urls: list[str]) -> None:
         bus = await Bus.connect(urls, credentials, name="flowmesh-doctor", inbox=credentials.inbox, deadline_s=CONNECT_S)
     except (FlowmeshError, OSError) as error:
         facts.silent["brokers"] = getattr(error, "message", str(error))
-        facts.servers = configured(layout)
         return
     try:
-        answers = _Answers(bus, facts.brokers)
-        setups, healths = await answers.ask("$SYS.REQ.SERVER.PING.VARZ"), await answers.ask("$SYS.REQ.SERVER.PING.HEALTHZ")
+        setups = await _ask(bus, "$SYS.REQ.SERVER.PING.VARZ", facts.brokers)
+        healths = await _ask(bus, "$SYS.REQ.SERVER.PING.HEALTHZ", facts.brokers)
     finally:
         await bus.close()
     ills = {body["server"]["name"]: _illness(body) for body, _ in healths}
     facts.servers = [_server(body, skew_s, ills) for body, skew_s in setups]
-    asked = {server.name for server in facts.servers}
     if facts.brokers > 1:
+        asked = {server.name for server in facts.servers}
         facts.servers += [server for server in configured(layout) if server.name not in asked]
 
 
@@ -198,11 +173,19 @@ async def ask_leader(facts: Facts, context: Context) -> None:
         facts.silent["mesh"] = error.message
 
 
-async def gather(context: Context, layout: Layout | None) -> Facts:
-    """Return everything that could be found out. ``layout`` is the folder of the mesh, if it is on this machine."""
-    facts = Facts(now_us() / 1e6, urls=list(context.urls))
+async def gather(context: Context | None, layout: Layout | None) -> Facts:
+    """Return everything that could be found out.
+
+    ``layout`` is the folder of the mesh, if it is on this machine. Without a context (the folder of a broker that joined others)
+    nobody can be asked.
+    """
+    facts = Facts(now_us() / 1e6)
     if layout is not None:
         look(facts, layout)
+        facts.servers = configured(layout)
+    if context is None:
+        return facts
+    facts.urls = list(context.urls)
     asking = [ask_leader(facts, context)]
     if layout is not None:
         asking += [ask_brokers(facts, layout, facts.urls), ask_streams(facts, layout, facts.urls)]

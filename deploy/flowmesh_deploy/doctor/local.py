@@ -107,8 +107,9 @@ def _filesystem(path: Path) -> str:
 def configured(layout: Layout) -> list[Server]:
     """Return the brokers as their configuration files say, for those that were not asked."""
     found = []
-    for name in layout.brokers():
-        folder = layout.folder if (layout.folder / "broker.json").exists() else layout.broker_folder(name)
+    member = read_json(layout.folder / "broker.json")
+    folders = {member["name"]: layout.folder} if member else {name: layout.broker_folder(name) for name in layout.brokers()}
+    for name, folder in folders.items():
         try:
             written = _SYNC.search((folder / "broker.conf").read_text())
         except OSError:
