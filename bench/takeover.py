@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from bench.report import Record, machine, write
 from flowmesh_cas.cid import DAG_CBOR, RAW, cid_from_digest, cid_of, sha256
 from flowmesh_cas.pack_store import PackStore
@@ -221,12 +223,15 @@ async def measure(folder: Path, scale: float) -> dict[str, float]:
         process = await asyncio.create_subprocess_exec(*command, stderr=log)
         try:
             found = {"standby_memory": await _settled_mb(presence)}
+            before = psutil.Process(process.pid).cpu_times()
             await keeper.drop(is_released=True)
             began_s = monotonic_s()
             async with asyncio.timeout(DEADLINE_S):
                 while not stage.first_s:  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
             found["first_assignment"] = stage.first_s - began_s
+            after = psutil.Process(process.pid).cpu_times()
+            found["cpu"] = after.user + after.system - before.user - before.system
             await asyncio.sleep(3.0)
             seen = presence.others["scheduler-cold"].beat
             found["leader_memory"] = seen.memory_bytes / 1e6

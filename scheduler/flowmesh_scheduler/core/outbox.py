@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flowmesh_mesh.manifest import Ref
 from flowmesh_scheduler.core.commands import Assign, Change, Command, CommitResults, EndRun, Locate
 from flowmesh_scheduler.core.state import Run, Vertex, VertexState, Work
 
@@ -22,6 +24,8 @@ class Outbox:
     changed: dict[tuple[str, str], Run] = field(default_factory=dict)
     touched: dict[tuple[str, str], Run] = field(default_factory=dict)
     now_us: int = 0
+    identified: dict[Vertex, tuple[Mapping[str, list[Ref]], bytes, Mapping[str, str]]] = field(default_factory=dict)
+    """Inputs, key and digests of vertices that are about to enter, where they had to be known before."""
 
     def add(self, command: Command) -> None:
         self.commands.append(command)

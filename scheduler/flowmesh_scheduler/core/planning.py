@@ -141,8 +141,12 @@ def identify(state: State, vertex: Vertex, inputs: Mapping[str, list[Ref]]) -> t
 
 def enter(state: State, vertex: Vertex, out: Outbox) -> None:
     """Give a vertex its key: attach it to running work, to a known result, or make new work of it."""
-    inputs = inputs_of(vertex)
-    key, digests = identify(state, vertex, inputs)
+    found = out.identified.pop(vertex, None)
+    if found is None:
+        inputs = inputs_of(vertex)
+        key, digests = identify(state, vertex, inputs)
+    else:
+        inputs, key, digests = found
     vertex.key = key
     out.set_state(vertex, VertexState.READY)
     work = state.works.get(key)

@@ -84,9 +84,10 @@ def _follow_results(state: State, run: Run, out: Outbox) -> None:
     fronts = [v for v in run.vertices if v.waits_for == 0]
     while fronts:
         vertex = fronts.pop()
-        key, _ = identify(state, vertex, inputs_of(vertex))
+        key, digests = identify(state, vertex, inputs := inputs_of(vertex))
         result = state.results.get(key)
         if result is None:
+            out.identified[vertex] = (inputs, key, digests)
             continue
         vertex.key = key
         deliver(vertex, result, out)
