@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench sim sim-faults versions scale chaos drills docs clean
+.PHONY: help setup demo test lint types bench sim sim-faults versions scale takeover chaos drills docs clean
 
 python := .venv/bin/python
 # Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
@@ -42,6 +42,9 @@ versions: setup ## This build and the previous release in one mesh, every combin
 
 scale: setup ## 1,500 simulated nodes on one broker; lines in out/scale.jsonl, a table at the end
 	@$(python) -m bench.scale $(args)
+
+takeover: setup ## A scheduler takes over 100,000 outstanding operators; lines in out/takeover.jsonl
+	@$(python) -m bench.takeover $(args)
 
 # One seed alone with SEED=n, for MINUTES; else SEEDS of them share MINUTES, after the drills.
 SEED ?=
