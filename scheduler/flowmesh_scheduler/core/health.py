@@ -319,15 +319,34 @@ def on_cordon(state: State, event: CordonRequested, now_us: int, out: Outbox) ->
         _enter(state, node, OK, event.actor, event.reason, now_us, out)
 
 
-def quarantine(state: State, work: Work) -> str:
-    """Run an operator key for nobody for a while, because it took nodes with it; return what to tell about that."""
+_KEY = "key-"
+QUARANTINED = "quarantined"
+
+
+def quarantine(state: State, work: Work, out: Outbox) -> str:
+    """Run an operator key for nobody for a while, because it took nodes with it; return what to tell about that.
+
+    The next leader is told in the shape in which it is told of nodes.
+    """
     lost = tuple(dict.fromkeys(work.lost_on))
     seconds = state.settings.quarantine_s
     if seconds <= 0:
         return f"{work.nodes_lost} nodes were lost while they ran it ({', '.join(lost)})"
     until_us = state.now_us + int(seconds * 1e6)
     held = state.ward.quarantine[work.key] = Quarantine(work.key, until_us, lost, work.operator.name)
+    out.add(RecordHealth(_record_of_key(held, state.now_us)))
     return poison_text(held, state.now_us)
+
+
+def _record_of_key(held: Quarantine, now_us: int) -> NodeHealth:
+    name, nodes = _KEY + held.key.hex(), ",".join(held.nodes)
+    return NodeHealth(name, QUARANTINED, held.operator, nodes, now_us, held.until_us)
+
+
+def _inherit_key(state: State, record: NodeHealth) -> None:
+    key = bytes.fromhex(record.node.removeprefix(_KEY))
+    if record.until_us > state.now_us:
+        state.ward.quarantine[key] = Quarantine(key, record.until_us, tuple(record.by.split(",")), record.reason)
 
 
 def poison_text(held: Quarantine, now_us: int) -> str:
@@ -346,9 +365,12 @@ def refuses(state: State, key: bytes) -> str:
     return "" if held is None or held.until_us <= state.now_us else poison_text(held, state.now_us)
 
 
-def on_lifted(state: State, event: QuarantineLifted) -> None:
+def on_lifted(state: State, event: QuarantineLifted, out: Outbox) -> None:
     """Let an operator key be tried again."""
-    state.ward.quarantine.pop(event.key, None)
+    held = state.ward.quarantine.pop(event.key, None)
+    if held is not None:
+        held.until_us = 0
+        out.add(RecordHealth(_record_of_key(held, state.now_us)))
 
 
 # --- lives of nodes and leaders
@@ -378,6 +400,9 @@ def admit(state: State, node: Node, known: Node | None, now_us: int) -> None:
 def inherit(state: State, records: Iterable[NodeHealth]) -> None:
     """Take over what an earlier leader decided."""
     for r in records:
+        if r.state == QUARANTINED:
+            _inherit_key(state, r)
+            continue
         health = Health(r.state, r.reason, r.by, r.since_us, r.until_us, r.strikes, kind=r.kind)
         node = state.nodes.get(r.node)
         if node is None:

@@ -200,7 +200,7 @@ def _requeue(state: State, outstanding: Outstanding, out: Outbox, loss: Loss) ->
             work.lost_on = (*work.lost_on, name)
         if work.nodes_lost >= state.settings.nodes_lost_limit:
             take_away(state, work, out)
-            fail_work(state, work, Reason.POISON, health.quarantine(state, work), name, out)
+            fail_work(state, work, Reason.POISON, health.quarantine(state, work, out), name, out)
         elif work in works:
             work.assignment = ""
             state.totals["repeated"] += counts_as_loss

@@ -124,7 +124,7 @@ _HANDLERS: dict[type, Callable[[State, Any, int, Outbox], None]] = {
     BeatReceived: lambda state, event, now, out: membership.on_beat(state, event.beat, now, out),
     NodeDisconnected: lambda state, event, now, out: membership.on_disconnected(state, event.node, now),
     CordonRequested: health.on_cordon,
-    QuarantineLifted: lambda state, event, now, out: health.on_lifted(state, event),
+    QuarantineLifted: lambda state, event, now, out: health.on_lifted(state, event, out),
     DoneReceived: outcomes.on_done,
     Committed: lambda state, event, now, out: outcomes.on_committed(state, event, out),
     Located: lambda state, event, now, out: pooling.on_located(state, event, out),

@@ -292,3 +292,26 @@ def test_an_assignment_that_heartbeats_leave_out_is_given_anew_within_seconds_bu
         made.now_us += SECOND
         made.beat("n1", held=())
     assert made.only().items[0].attempt == 2
+
+
+def test_a_quarantine_outlives_its_leader_and_can_be_lifted_after_that() -> None:
+    made = desk("n1", "n2", "n3", "n4")
+    run = made.submit(chain(1))
+    for _ in range(3):
+        made.lose(made.only().node)
+    vertex = run.vertices[0]
+    assert (vertex.reason, vertex.actor, made.end().actor) == ("poison", "scheduler", "scheduler")
+    assert [end.reason for end in vertex.story] == ["lease-expired"] * 3
+    assert f"flowmesh unquarantine {vertex.key.hex()[:16]}" in vertex.error
+    records = [each.health for each in made.of(made.commands, c.RecordHealth)]
+    after = desk("n5", now_us=made.now_us + SECOND)
+    after.apply(e.Recovered([], [], [], [], records))
+    after.submit(chain(1), "r2")
+    assert after.end("r2").reason == "poison"
+    commands = after.apply(e.QuarantineLifted(vertex.key, "somebody"))
+    after.submit(chain(1), "r3")
+    assert after.only().items[0].key == vertex.key
+    later = desk("n6", now_us=after.now_us + SECOND)
+    later.apply(e.Recovered([], [], [], [], [each.health for each in later.of(commands, c.RecordHealth)]))
+    later.submit(chain(1), "r4")
+    assert later.only().items[0].key == vertex.key
