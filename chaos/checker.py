@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from chaos.history import (
     Begun,
     CancelAsked,
+    Complaint,
     Died,
     Executed,
     Fault,
@@ -288,6 +289,8 @@ def _counts(history: History) -> Counter[str]:
         epochs=len({entry.seq for entry in history.of(Stored) if entry.kind == "epoch" and entry.stream == "LEDGER"}),
         begun=len(history.of(Begun)),
     )
+    for complaint in history.of(Complaint):
+        counts[f"complaint {complaint.text[:100]}"] += 1
     for end in history.of(LedgerEnd):
         counts[f"ended {end.reason}"] += 1
     for fault in history.of(Fault):

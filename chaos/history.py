@@ -170,6 +170,13 @@ class Died(_Entry, frozen=True, tag="died"):
     status: int
 
 
+class Complaint(_Entry, frozen=True, tag="complaint"):
+    """The last line of a traceback in a process's log: nothing broken by itself, but nobody expected it."""
+
+    process: str
+    text: str
+
+
 Entry = (
     Submitted
     | Told
@@ -186,6 +193,7 @@ Entry = (
     | Fault
     | Wiped
     | Died
+    | Complaint
 )
 
 K = TypeVar("K", bound=_Entry)

@@ -15,6 +15,7 @@ from typing import Any
 
 from chaos.history import (
     Begun,
+    Complaint,
     Entry,
     History,
     Issued,
@@ -35,6 +36,7 @@ GUARDED = (subjects.LEDGER, subjects.ASSIGN)
 CONSUMER = "chaos"
 _FENCE = "Nats-Expected-Last-Subject-Sequence"
 _BATCH = "Nats-Batch-Id"
+_TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)$", re.MULTILINE)
 _BEGUN = re.compile(r"took (\S+) of epoch (\d+), highest (\d+)")
 
 
@@ -137,6 +139,11 @@ def entries_of(stream: str, seq: int, at_us: int, subject: str, data: bytes, fen
         for item in assignment.items
     ]
     return [stored("assignment", epoch=assignment.epoch), *issued]
+
+
+def complaints_of(process: str, log: str) -> list[Complaint]:
+    """Return the last line of each traceback in a log."""
+    return [Complaint(process, found[1][:300]) for found in _TRACEBACK.finditer(log)]
 
 
 def begun_of(node: str, log: str) -> list[Begun]:

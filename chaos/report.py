@@ -17,6 +17,7 @@ from chaos.seed import HEAL_S, Outcome
 from flowmesh_scheduler.sim.verdict import commit
 
 SHOWN_VIOLATIONS = 20
+SHOWN_COMPLAINTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,15 @@ def of_seeds(outcomes: list[Outcome]) -> list[Figure]:
         Figure("results_verified", total("verified"), "workflows"),
         Figure("faults", float(faults), "faults"),
         Figure("epochs", total("epochs"), "epochs"),
+        Figure("tracebacks_in_logs", _tracebacks(outcomes), "tracebacks"),
         Figure("seeds", float(len(outcomes)), "seeds", None, 20),
         Figure("minutes", sum(outcome.window_s for outcome in outcomes) / 60, "min", None, 60),
     ]
+
+
+def _tracebacks(outcomes: list[Outcome]) -> float:
+    counts = [outcome.verdict.counts for outcome in outcomes]
+    return float(sum(n for each in counts for name, n in each.items() if name.startswith("complaint ")))
 
 
 def _faults(outcome: Outcome) -> Counter[str]:
@@ -118,7 +125,15 @@ def show(figures: list[Figure]) -> None:
 
 def page(figures: list[Figure], outcomes: list[Outcome]) -> str:
     """Return docs/fault-report.md: what was run, how long, what was broken how often, what was found."""
-    parts = [_head(outcomes), _figures(figures), _broken(outcomes), _asked(outcomes), _found(outcomes), _TAIL]
+    parts = [
+        _head(outcomes),
+        _figures(figures),
+        _broken(outcomes),
+        _asked(outcomes),
+        _found(outcomes),
+        _complaints(outcomes),
+        _TAIL,
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -180,6 +195,18 @@ def _asked(outcomes: list[Outcome]) -> str:
     rows += ["", "| ended with reason | runs |", "|---|---|"]
     rows += [f"| {name.removeprefix('ended ')} | {count} |" for name, count in sorted(total.items()) if name.startswith("ended ")]
     return "\n".join(rows)
+
+
+def _complaints(outcomes: list[Outcome]) -> str:
+    total: Counter[str] = Counter()
+    for outcome in outcomes:
+        total.update({name: n for name, n in outcome.verdict.counts.items() if name.startswith("complaint ")})
+    if not total:
+        return ""
+    rows = ["## What processes complained of", "", "Last lines of tracebacks in logs. None of them broke a promise.", ""]
+    return "\n".join(
+        [*rows, *(f"- {n} times: `{name.removeprefix('complaint ')}`" for name, n in total.most_common(SHOWN_COMPLAINTS))]
+    )
 
 
 def _found(outcomes: list[Outcome]) -> str:

@@ -15,7 +15,7 @@ from chaos.faults import Breaker, Planned, plan
 from chaos.history import Died, History
 from chaos.network import Network
 from chaos.processes import ChaosMesh, Shape
-from chaos.recorder import Recorder, begun_of
+from chaos.recorder import Recorder, begun_of, complaints_of
 from chaos.traffic import Traffic, now_us
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus
@@ -120,6 +120,7 @@ async def _conclude(mesh: ChaosMesh, history: History, traffic: Traffic, recorde
     await asyncio.sleep(1.0)
     await recorder.read_ledger()
     traffic.read_effects()
-    for node in mesh.names("node"):
-        for begun in begun_of(node, mesh.log_text(node)):
-            history.add(begun)
+    for name, process in mesh.processes.items():
+        log = mesh.log_text(name)
+        for entry in [*(begun_of(name, log) if process.role == "node" else []), *complaints_of(name, log)]:
+            history.add(entry)

@@ -26,6 +26,7 @@ from chaos.history import (
     Verified,
     Wiped,
 )
+from chaos.recorder import begun_of, complaints_of
 
 TENANT = "A"
 
@@ -230,3 +231,20 @@ def test_a_result_that_could_not_be_had_at_first_may_be_verified_later() -> None
 def test_a_wrong_value_is_never_made_good() -> None:
     entries = [*good(), Verified(31, "two", False, "value of token is 1, not 2"), Verified(40, "two", True)]
     assert [violation.subject for violation in check(History(entries)).of(WRONG)] == ["two"]
+
+
+def test_tracebacks_in_logs_are_counted_by_their_last_line() -> None:
+    log = """2026-11-20 13:00:35 ERROR leader task failed
+Traceback (most recent call last):
+  File "a.py", line 1, in f
+    raise ValueError("x")
+
+ValueError: x
+2026-11-20 13:00:36 INFO took a-1 of epoch 7, highest 7
+Traceback (most recent call last):
+  File "b.py", line 2, in g
+KeyError: 'y'
+"""
+    assert [each.text for each in complaints_of("s", log)] == ["ValueError: x", "KeyError: 'y'"]
+    assert begun_of("n", log) == [Begun("n", "a-1", 7, 7)]
+    assert check(History([*good(), *complaints_of("s", log)])).counts["complaint ValueError: x"] == 1
