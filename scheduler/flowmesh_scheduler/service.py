@@ -303,6 +303,8 @@ class Leader:
             else:
                 await patiently(partial(make_streams, self.bus, now_us() // 1000, self.config.replicas))
                 await patiently(self.requests.ensure_consumer)
+        except FlowmeshError as error:
+            log.warning("the streams cannot be looked after now: %s", error)
         finally:
             self._is_looking = False
 
@@ -341,6 +343,8 @@ class Leader:
         """Remove what is settled from the streams of requests and assignments."""
         while True:
             await asyncio.sleep(SWEEP_S)
+            if self.is_cut_off or not self.lease.is_held:
+                continue  # removing is not fenced: another leader may be about to read
             with contextlib.suppress(TransientError):
                 await self.queue.sweep()
                 await self.requests.sweep()

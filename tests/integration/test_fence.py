@@ -13,12 +13,17 @@ from tests.fixtures_broker import MeshBroker, make_streams
 from tests.integration.test_brokers import Three, three, three_processes
 
 from flowmesh_cas.errors import FencedError, TransientError, UsageError
+from flowmesh_cas.store import MemoryStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, UnknownOutcomeError
 from flowmesh_mesh.clock import monotonic_s
+from flowmesh_mesh.messages import Beat, NodeRecord
 from flowmesh_scheduler import takeover
+from flowmesh_scheduler.config import Config
+from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.guarded import GuardedStream, patiently
 from flowmesh_scheduler.lease import LEASE_S, Change, SchedulerLease, TaskKeeper, ThreadKeeper, look
+from flowmesh_scheduler.service import Leader
 from flowmesh_scheduler.standbys import Highest, LeaseWatch, Vacancy, digest_of_secret
 
 __all__ = ["three", "three_processes"]
@@ -313,3 +318,50 @@ async def test_writes_wait_out_the_election_after_a_broker_was_killed(three: Thr
     assert not guarded.faults
     found = {m.subject async for m in bus.read_stream(subjects.LEDGER, "led.result.>")}
     assert found == {f"led.result.{name}.0" for name in ["first", *names]}
+
+
+# --- taking over
+
+
+def make_leader(broker: MeshBroker, bus: Bus, lease: SchedulerLease) -> Leader:
+    config = Config(urls=[broker.url], credentials="", store="", mesh="test", tenants={})
+    return Leader(bus, config, lease.leader, lease, MemoryStore(), bytes(32))
+
+
+async def test_heartbeats_of_a_take_over_are_heard_when_the_assignments_are_known(
+    mesh_broker: MeshBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, lease = await mesh_broker.scheduler(), SchedulerLease("scheduler-a")
+    await lease.take(bus, 0)
+    leader = make_leader(mesh_broker, bus, lease)
+    heard: list[str] = []
+    record = NodeRecord("node-1", "U", 1, (), "3.11", 1.0, 1)
+    leader.apply(e.BeatReceived(Beat("node-1", 1, 1, ("held",))))
+    leader.apply(e.NodeJoined(record))
+    monkeypatch.setattr(leader, "apply", lambda event: heard.append(type(event).__name__))
+    left = leader._rebuild(takeover.Found(e.Recovered([], [], [], [], []), [record]))
+    assert heard == ["NodeJoined", "Recovered"]
+    assert [type(event) for event in left] == [e.BeatReceived]
+    await leader.close()
+
+
+async def test_a_leader_that_stood_still_gives_nothing_out_until_its_lease_is_sure(mesh_broker: MeshBroker) -> None:
+    bus, lease = await mesh_broker.scheduler(), SchedulerLease("scheduler-a")
+    await lease.take(bus, 0)
+    leader = make_leader(mesh_broker, bus, lease)
+    leader.is_ready = True
+    leader.apply(e.Tick())
+    assert not leader.state.is_cut_off
+    lease.held_until_s = 0.0  # the process was stopped for longer than the lease
+    leader.apply(e.Tick())
+    assert leader.state.is_cut_off
+    leader.on_lease(await lease.renew(bus))
+    assert not leader.is_cut_off
+    assert not lease_state(leader)
+    leader.on_lease(Change.LOST)
+    assert leader.lost.result() == "the lease was taken by another scheduler"
+    await leader.close()
+
+
+def lease_state(leader: Leader) -> bool:
+    return leader.state.is_cut_off
