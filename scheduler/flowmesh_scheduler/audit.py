@@ -261,13 +261,16 @@ class Audit:
 
     def _keepers(self) -> Iterator[Finding]:
         keepers, leader = self._leader.keepers, self._leader
-        possible = min(leader.config.keepers, len(keepers.standbys()) + len(keepers.nodes()))
         grace_us = int(KEEPERS_GRACE_S * 1e6)
         if monotonic_s() - self._since_s < KEEPERS_GRACE_S:
             return
         for pair, run in leader.state.runs.items():
             have = len(keepers.guards_of(pair))
-            if run.end is None and have < possible and now_us() - run.acceptance.accepted_at_us > grace_us:
+            is_young = now_us() - run.acceptance.accepted_at_us < grace_us
+            if run.end is not None or is_young or have >= leader.config.keepers:
+                continue
+            possible = keepers.possible(pair)
+            if have < possible:
                 what = f"run {pair[1]} has {have} keepers of {possible}"
                 why = "those that were asked failed, or are still fetching its contents"
                 yield Finding("keepers-missing", what, why, "nothing: others are asked all the time", pair[1], pair[0])

@@ -128,7 +128,7 @@ class Keepers:
         have = self._guards.get(pair, set())
         wanted = self._leader.config.keepers - len(have)
         now_s, found = self._loop.time(), list[Holder]()
-        for group in (standbys, nodes):
+        for group in (standbys, () if standbys and self._is_private(pair) else nodes):
             start = int.from_bytes(sha256(f"{pair[0]}\0{pair[1]}".encode()).digest()[:4], "big") % max(1, len(group))
             for offset in range(len(group)):
                 if len(found) >= wanted:
@@ -137,6 +137,17 @@ class Keepers:
                 if holder.name not in have and self._struck_until.get(holder.name, 0.0) <= now_s:
                     found.append(holder)
         return found
+
+    def _is_private(self, pair: Pair) -> bool:
+        """Tell whether nodes should not read a run's document without need: they keep it only if no scheduler stands by."""
+        run = self._leader.state.runs.get(pair)
+        return run is not None and (run.acceptance.share == "private" or any(vertex.is_private for vertex in run.vertices))
+
+    def possible(self, pair: Pair) -> int:
+        """Return how many could keep a run now, up to as many as should."""
+        standbys = len(self.standbys())
+        others = 0 if standbys and self._is_private(pair) else len(self.nodes())
+        return min(self._leader.config.keepers, standbys + others)
 
     # --- what comes and goes
 

@@ -46,6 +46,8 @@ def status(
     if totals.get("speculated"):
         won, paid = totals.get("speculation_won", 0), totals.get("speculation_usd", 0.0)
         print(f"copies     {totals['speculated']} operators tried twice, {won} won by the second, ${paid:.4f}")
+    for warning in found.get("warnings") or ():
+        print(clean(f"warning    {warning}"))
     print()
     if tenants:
         print_table(_TENANT_COLUMNS, map(_tenant_row, found.get("tenants") or []))

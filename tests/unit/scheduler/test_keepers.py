@@ -97,10 +97,10 @@ class Stage:
     def stand_by(self, name: str) -> None:
         self.presence.others[name] = SimpleNamespace(beat=SchedulerBeat(name, 1, "standby", started_at_us=1, wire=2))
 
-    def accept(self, run: str) -> None:
+    def accept(self, run: str, share: str = "mesh") -> None:
         record = acceptance(run)
         self.bus.ledger[subjects.ledger_accepted("ta", run)] = record
-        found = Acceptance("ta", run, ROOT, 1)
+        found = Acceptance("ta", run, ROOT, 1, share=share)
         self.apply(e.Reinstated([e.RecoveredRun(found, chain(1))]))
         self.keepers.accepted(("ta", run), record)
 
@@ -150,6 +150,20 @@ async def test_standbys_keep_first_and_nodes_fill_up(quick: list[Stage]) -> None
     await until(lambda: len(stage.keepers.guards_of(("ta", "r"))) == 2)
     assert stage.bus.guarded["scheduler-2"] == ["r"]
     assert "hub-scheduler-2" in stage.keepers.guards_of(("ta", "r"))
+
+
+async def test_private_work_is_kept_by_nodes_only_where_no_scheduler_stands_by(quick: list[Stage]) -> None:
+    stage = Stage("n1", "n2")
+    stage.stand_by("scheduler-2")
+    begun(stage, quick)
+    stage.accept("secret", share="private")
+    stage.accept("open")
+    await until(lambda: len(stage.keepers.guards_of(("ta", "open"))) == 2)
+    assert stage.keepers.guards_of(("ta", "secret")) == {"hub-scheduler-2"}
+    assert stage.keepers.possible(("ta", "secret")) == 1
+    alone = begun(Stage("n1", "n2"), quick)
+    alone.accept("secret", share="private")
+    await until(lambda: alone.keepers.guards_of(("ta", "secret")) == {"n1", "n2"})
 
 
 async def test_many_runs_travel_in_few_messages_and_are_spread_over_the_nodes(quick: list[Stage]) -> None:
