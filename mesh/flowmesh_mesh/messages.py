@@ -500,7 +500,10 @@ class Held(_Message, frozen=True, tag="held/1"):
 
 
 class Epoch(_Message, frozen=True, tag="epoch/1"):
-    """Epoch record of a guarded stream. ``wire`` is the version that a scheduler must speak to read what the stream holds."""
+    """Epoch record of a guarded stream: ``wire`` is the version that a scheduler must speak to read what the stream holds.
+
+    Sent to nodes it tells them who leads, and ``wire`` is the version that the leader speaks.
+    """
 
     epoch: int
     leader: str

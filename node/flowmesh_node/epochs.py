@@ -8,9 +8,13 @@ from pathlib import Path
 
 
 class Epochs:
-    """``highest`` never goes back, also across restarts."""
+    """``highest`` never goes back, also across restarts.
+
+    ``wire`` is the version that the leader of that epoch speaks, as far as it has told: 1 is the oldest, which tells nothing.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.wire = 1
         self._path = path
         self.highest = int(path.read_text()) if path.exists() else 0
         self._written = self.highest
@@ -25,11 +29,12 @@ class Epochs:
         """Tell whether the highest epoch is on disk, so that work under it may begin."""
         return self._written == self.highest
 
-    def see(self, epoch: int) -> bool:
-        """Take notice of an epoch that is not stale; tell whether it is new."""
+    def see(self, epoch: int, wire: int = 1) -> bool:
+        """Take notice of an epoch that is not stale, and of its leader's version; tell whether the epoch is new."""
         if epoch <= self.highest:
+            self.wire = max(self.wire, wire) if epoch == self.highest else self.wire
             return False
-        self.highest = epoch
+        self.highest, self.wire = epoch, wire
         return True
 
     async def write(self) -> None:

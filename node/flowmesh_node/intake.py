@@ -28,6 +28,9 @@ log = logging.getLogger("flowmesh.node")
 CLOSED_REMEMBERED = 4096
 """Closed assignments whose stored copy may still arrive."""
 
+GIVES_BACK_FROM = 2
+"""Version of the wire from which on a leader knows that work can be given back."""
+
 RENEW_S = 10.0
 """How often the broker is told that a held assignment is still in hand; well below the consumer's 30 s."""
 
@@ -231,7 +234,12 @@ class Intake:
                         log.info("cannot renew %s: %s", held.assignment.id, error.message)
 
     def give_back(self) -> int:
-        """Give back what has not begun, so that other nodes take it at once; return how many assignments that were."""
+        """Give back what has not begun, so that other nodes take it at once; return how many assignments that were.
+
+        A leader of version 1 would take that for a failure of the operator: for such a one it is finished here.
+        """
+        if self.epochs.wire < GIVES_BACK_FROM:
+            return 0
         waiting = [held for held in self.held.values() if not held.has_begun and held.task is not None and not held.task.done()]
         for held in waiting:
             held.is_given_back = True

@@ -22,11 +22,13 @@ from flowmesh_mesh.bus import Bus, Delivery
 from flowmesh_mesh.credentials import verify
 from flowmesh_mesh.manifest import Ref
 from flowmesh_mesh.messages import (
+    WIRE_VERSION,
     Abort,
     Assignment,
     Beat,
     Commit,
     Done,
+    Epoch,
     Item,
     Located,
     Log,
@@ -90,6 +92,7 @@ class SmallLeader:
         record = decode(message.data, NodeRecord)
         await self.bus.ensure_consumer(subjects.ASSIGN, streams.assign_consumer(record.node))
         self.nodes[record.node] = record
+        self.bus.post(subjects.node_control(record.node), encode(Epoch(self.epoch, "small", 0, 0, WIRE_VERSION)))
 
     def _on_beat(self, message: Delivery) -> None:
         beat = decode(message.data, Beat)
