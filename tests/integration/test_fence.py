@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.fixtures_broker import MeshBroker, make_streams
 from tests.integration.test_brokers import Three, three, three_processes
+from tests.unit.scheduler.flows import operator, workflow
 
 from flowmesh_cas.errors import FencedError, TransientError, UsageError
 from flowmesh_cas.store import MemoryStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, UnknownOutcomeError
 from flowmesh_mesh.clock import monotonic_s
+from flowmesh_mesh.manifest import encode_record, record_cid
 from flowmesh_mesh.messages import Beat, NodeRecord
 from flowmesh_scheduler import takeover
 from flowmesh_scheduler.config import Config
@@ -365,3 +368,29 @@ async def test_a_leader_that_stood_still_gives_nothing_out_until_its_lease_is_su
 
 def lease_state(leader: Leader) -> bool:
     return leader.state.is_cut_off
+
+
+async def test_a_cancellation_stays_in_its_stream_until_the_ledger_shows_it(
+    mesh_broker: MeshBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, lease = await mesh_broker.scheduler(), SchedulerLease("scheduler-a")
+    await lease.take(bus, 0)
+    leader = make_leader(mesh_broker, bus, lease)
+    leader.is_ready = True
+    manifest = workflow([operator("a")])
+    leader.apply(e.Submitted("T", "r1", manifest, record_cid(encode_record(manifest))))
+    written: dict[str, Callable[[int], None]] = {}
+    monkeypatch.setattr(leader.ledger, "write", lambda subject, _, then: written.setdefault(subject, then))
+    await bus.store(subjects.cancel("T"), b'{"run": "r1"}')
+    await leader.requests.sweep()
+    await leader.requests.sweep()
+    state = await bus.stream_state(subjects.SUBMIT)
+    assert state is not None
+    assert state.messages == 1
+    written[subjects.ledger_cancelled("T", "r1")](1)
+    await leader.requests.sweep()
+    await leader.requests.sweep()
+    state = await bus.stream_state(subjects.SUBMIT)
+    assert state is not None
+    assert state.messages == 0
+    await leader.close()
