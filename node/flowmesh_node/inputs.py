@@ -25,6 +25,8 @@ from flowmesh_node.operators.base import Input
 
 log = logging.getLogger("flowmesh.node")
 
+_NO_ROOM = ("No space left on device", "disk is full", "Disk quota exceeded")
+
 SMALL_BYTES = 64 * 1024
 FETCH_DEADLINE_S = 120.0
 PARALLEL_FETCHES = 8
@@ -85,6 +87,8 @@ class Inputs:
             try:
                 return await transfer.fetch_many(self._bus, self._store, wanted, deadline_s=FETCH_DEADLINE_S)
             except (NotFoundError, TransientError) as error:
+                if any(words in error.message for words in _NO_ROOM):
+                    raise  # that is this node's trouble: holders have them, and another node may take them
                 log.warning("inputs are missing: %s", error.message)
                 return 0
 
