@@ -14,12 +14,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 from bench.proxy import Proxy
+from bench.recovery import broker_away
 from tests.integration.node_leader import one_node
 
 from flowmesh_deploy.embedded import embedded_mesh
 from flowmesh_mesh.client import connect
 from flowmesh_mesh.client.run import Run
 from flowmesh_mesh.messages import Reason
+from flowmesh_node import control
 
 DEADLINE_S = 60.0
 
@@ -99,7 +101,7 @@ async def test_a_connection_that_drops_for_a_second_restarts_no_long_operator(tm
         command = [sys.executable, "-m", "flowmesh_node", "join", str(path), "--dir", str(tmp_path / "n")]
         node = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
         try:
-            run = await client.submit(document({"long": delay(1, 5)}))
+            run = await client.submit(document({"long": delay(1, 3)}))
             await until_at_work(run)
             proxy.drop()
             await asyncio.sleep(1.0)
@@ -111,6 +113,18 @@ async def test_a_connection_that_drops_for_a_second_restarts_no_long_operator(tm
             node.kill()
             await node.wait()
             await proxy.close()
+
+
+async def test_a_broker_that_is_away_for_longer_than_any_lease_restarts_no_operator(tmp_path: Path) -> None:
+    async with embedded_mesh(tmp_path / "mesh", nodes=2) as mesh, connect(context=mesh) as client:
+        operators = {f"n{n}": delay(n, 3) for n in range(2)} | {"w": {**delay(9, 0.1), "inputs": {"after": "n0.out"}}}
+        operators |= {f"s{n}": {"type": "flow.noop", "with": {"nonce": n, "sleep_s": 4.0}} for n in range(4)}
+        run = await client.submit(document(operators))
+        await until_at_work(run)
+        await broker_away(mesh, 7.0)
+        assert (await run.result(DEADLINE_S)).state == "succeeded"
+        assert {row["attempt"] for row in await run.operators()} == {1}
+        assert not any(row["attempts"] for row in await run.operators())
 
 
 def _command(folder: Path, *words: str) -> dict[str, Any]:
@@ -127,12 +141,12 @@ def _command(folder: Path, *words: str) -> dict[str, Any]:
 
 async def test_a_drained_node_gives_back_what_has_not_begun_and_can_be_used_again(tmp_path: Path) -> None:
     async with one_node(tmp_path) as (leader, node):
-        params = {"nonce": 1, "batch_s": 2.0, "item_s": 0.0}
+        params = {"nonce": 1, "batch_s": 4.0, "item_s": 0.0}
         running = await leader.assign("n1", "flow.delay", [leader.item(params)])
         await leader.until(lambda: leader.beats["n1"].running == 1)
         waiting = await leader.assign("n1", "flow.delay", [leader.item({**params, "nonce": 2})])
         await leader.until(lambda: leader.beats["n1"].queued == 1)
-        assert (await asyncio.to_thread(_command, node.folder, "drain", "--wait-s", "0"))["state"] == "draining"
+        assert (await asyncio.to_thread(control.ask, node.folder, {"what": "drain"}))["state"] == "draining"
         await leader.until(lambda: waiting in leader.outcomes)
         assert [each.reason for each in leader.outcomes[waiting]] == [Reason.PREEMPTED]
         await asyncio.wait_for(leader.closed[running].wait(), DEADLINE_S)
