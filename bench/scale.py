@@ -59,7 +59,10 @@ SETTLED_S = 1.0
 MIB = 2**20
 
 TAKEOVER_BAR_S = 5.0
-BROKER_BAR_MIB = 300
+BROKER_BAR_MIB = 450
+"""257 to 284 MiB were measured once all have joined (4,500 connections, 1,500 consumers), 344 with work on every node: its heap
+grows by half between two collections. Readers that lag behind cost more: the broker keeps what they have not read."""
+
 LEADER_BAR_MIB = 400
 
 
