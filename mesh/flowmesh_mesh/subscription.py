@@ -55,6 +55,11 @@ class Subscription:
             except Exception:
                 log.exception("callback for %s failed", delivery.subject)
 
+    def mute(self) -> None:
+        """Let the broker send nothing more; what is on its way is still delivered, until the bus was flushed."""
+        if self._bus.connected:
+            self._bus.connection.send(f"UNSUB {self._number}\r\n".encode())
+
     async def unsubscribe(self) -> None:
         """End the subscription; what waits is dropped."""
         self._bus.connection.unlisten(self._number)

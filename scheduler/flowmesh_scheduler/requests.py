@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -42,6 +42,8 @@ class Requests:
         self._unsettled: set[int] = set()
         self._read = 0
         self._removed = 0
+        self.answering = 0
+        """How many questions are being answered."""
 
     async def listen(self, listening: list[Subscription | Pull]) -> None:
         """Subscribe to what tenants send, and take what waited for a leader.
@@ -266,13 +268,20 @@ class Requests:
             future.set_result(True)
 
     def _on_ask(self, delivery: Delivery) -> None:
-        self._leader.spawn(self._answer(delivery, asks.answer))
+        self._leader.spawn(self._counted(self._answer(delivery, asks.answer)))
 
     def _on_put(self, delivery: Delivery) -> None:
-        self._leader.spawn(self._answer(delivery, asks.put))
+        self._leader.spawn(self._counted(self._answer(delivery, asks.put)))
 
     def _on_get(self, delivery: Delivery) -> None:
-        self._leader.spawn(asks.get(self._leader, delivery.subject.rpartition(".")[2], delivery))
+        self._leader.spawn(self._counted(asks.get(self._leader, delivery.subject.rpartition(".")[2], delivery)))
+
+    async def _counted(self, answering: Coroutine[Any, Any, None]) -> None:
+        self.answering += 1
+        try:
+            await answering
+        finally:
+            self.answering -= 1
 
     async def _answer(self, delivery: Delivery, work: Callable[[Leader, str, bytes], Awaitable[Any]]) -> None:
         try:

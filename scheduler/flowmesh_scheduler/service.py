@@ -224,9 +224,22 @@ class Leader:
         """The end of a leadership that nobody has taken: let what was decided become durable, so that the next leader has it."""
         if not self.lease.is_held or not self.is_ready:
             return
+        for listening in self._listening:
+            if isinstance(listening, Subscription):
+                listening.mute()
         self.queue.close(is_written=True)
         self.hands.write_ends()
-        await asyncio.gather(self.ledger.drain(FINISH_S), self.assign.drain(FINISH_S))
+        await asyncio.gather(self.ledger.drain(FINISH_S), self.assign.drain(FINISH_S), self._answer_last())
+
+    async def _answer_last(self) -> None:
+        """Answer what has been asked: whoever asks the next leader is answered there, whoever asked us would wait in vain."""
+        with contextlib.suppress(FlowmeshError):
+            await self.bus.flush(FINISH_S)
+        until_s = monotonic_s() + FINISH_S
+        await asyncio.sleep(0)
+        while self.requests.answering and monotonic_s() < until_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        self.bus.push()
 
     async def close(self) -> None:
         """Listen and write no more."""
