@@ -16,6 +16,8 @@ from tests.faults.simulation import Report, simulate
 
 OUT = Path("out")
 SEEDS_OF_TESTS = 25
+SEEDS_OF_A_PROCESS = 50
+"""A process that has run so many makes way for a fresh one: what dead processes had open is freed with it."""
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def _parse() -> argparse.Namespace:
 
 def _run_all(seeds: range, minutes: float, kinds: tuple[str, ...] | None, processes: int) -> list[Report]:
     found: list[Report] = []
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, max_tasks_per_child=SEEDS_OF_A_PROCESS) as pool:
         for done in as_completed([pool.submit(_one, seed, minutes, kinds) for seed in seeds]):
             report = done.result()
             found.append(report)

@@ -27,6 +27,9 @@ from flowmesh_node.operators.noop import noop_value
 
 _encode = msgspec.json.Encoder(order="sorted").encode
 
+_PADDING = "." * 6000
+"""Makes tables too large to travel with results: they are fetched from who made them, and lost with all who have them."""
+
 FAILS = "fails"
 """Name of a user's function that always fails."""
 
@@ -81,7 +84,7 @@ def outputs_of(type_name: str, params: Mapping[str, Any], inputs: Mapping[str, S
 def _content(kind: str, seed: bytes, port: str, number: int) -> Content:
     text = sha256(seed + f"{port} {number}".encode()).hexdigest()
     if kind == "rows":
-        return Content("rows", _encode({"of": text}) + b"\n", rows=1)
+        return Content("rows", _encode({"of": text, "padding": _PADDING}) + b"\n", rows=1)
     return Content("value", _encode(text))
 
 

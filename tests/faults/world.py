@@ -28,6 +28,7 @@ from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_deploy.keyring import Keyring
 from flowmesh_mesh import clock
 from flowmesh_mesh.bus import Bus
+from flowmesh_mesh.client.journal import Journal
 from flowmesh_mesh.client.mesh import Mesh
 from flowmesh_mesh.client.submission import submit
 from flowmesh_mesh.credentials import Credentials
@@ -189,9 +190,10 @@ class Node(Machine):
 class SimMesh(Mesh):
     """The production client, connected through the simulated network."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: Credentials, folder: Path) -> None:
         super().__init__()
         self._given = credentials
+        self.journal = Journal(folder / "submissions", "sim", credentials.account)
 
     async def open(self) -> None:
         """Connect; there is no context file to read."""
@@ -211,7 +213,8 @@ class Client(Machine):
 
     async def main(self) -> None:
         world = self.world
-        mesh = SimMesh(world.credentials(f"client {self.tenant}", lambda _: world.keyring.client(self.tenant)))
+        given = world.credentials(f"client {self.tenant}", lambda _: world.keyring.client(self.tenant))
+        mesh = SimMesh(given, self.folder)
         while True:
             try:
                 await mesh.open()
