@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,11 @@ class Holder:
 
 @dataclass(slots=True)
 class Pending:
-    """A run that wants keepers: when it is due, and its record while that is at hand."""
+    """A run that wants keepers: when it is due, its record while that is at hand, whether all who could keep it do so already."""
 
     due_s: float
     record: bytes = b""
-    tried: set[str] = field(default_factory=set)
+    has_nobody: bool = False
 
 
 class Keepers:
@@ -123,7 +123,7 @@ class Keepers:
             if node.is_usable and node.record.wire >= WIRE_OF_KEEPERS
         ]
 
-    def _choose(self, pair: Pair, pending: Pending, standbys: Sequence[Holder], nodes: Sequence[Holder]) -> list[Holder]:
+    def _choose(self, pair: Pair, standbys: Sequence[Holder], nodes: Sequence[Holder]) -> list[Holder]:
         """Return who is to keep a run beside those who do: standbys first, then nodes, spread by the run's name."""
         have = self._guards.get(pair, set())
         wanted = self._leader.config.keepers - len(have)
@@ -273,9 +273,10 @@ class Keepers:
             if run is None or run.end is not None or len(self._guards.get(pair, ())) >= self._leader.config.keepers:
                 del self._pending[pair]
                 continue
-            chosen = self._choose(pair, pending, standbys, nodes)
+            chosen = self._choose(pair, standbys, nodes)
             if not chosen:
                 pending.due_s, pending.record = now_s + STRUCK_S / 3, b""
+            pending.has_nobody = not chosen
             for holder in chosen:
                 pairs = found.setdefault(holder.name, (holder, []))[1]
                 if holder.name not in self._busy and len(pairs) < BATCH_RUNS:
@@ -434,7 +435,7 @@ class Keepers:
             "wanted": self._leader.config.keepers,
             "holders": {name: len(pairs) for name, pairs in sorted(self._by_holder.items()) if pairs},
             "guarded": len(self._guards),
-            "waiting": len(self._pending),
+            "waiting": sum(not pending.has_nobody for pending in self._pending.values()),
             "lost": len(self.returning.lost),
             "restored": len(self.returning.restored),
         }

@@ -91,6 +91,7 @@ class StandbyKeeper:
 
     async def _follow(self) -> None:
         while True:
+            await self.journal.flush()  # what this process noted while it led
             try:
                 await self.journal.follow(self._bus)
             except FlowmeshError as error:
