@@ -66,7 +66,7 @@ class _Delivery:
     def sign(self, assignment: Assignment, outcomes: tuple[Outcome, ...], **_: Any) -> tuple[str, tuple[Outcome, ...]]:
         return assignment.id, outcomes
 
-    def send(self, done: tuple[str, tuple[Outcome, ...]]) -> None:
+    def send(self, done: tuple[str, tuple[Outcome, ...]], *, is_safe_first: bool = False) -> None:
         self.parts.setdefault(done[0], []).append(done[1])
 
 
