@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
 import msgspec
+from tests.faults.seeds import OUT, line_of, run_one, write_history
 from tests.faults.simulation import Report, simulate
 
-OUT = Path("out")
 SEEDS_OF_TESTS = 25
 SEEDS_OF_A_PROCESS = 50
 """A process that has run so many makes way for a fresh one: what dead processes had open is freed with it."""
@@ -27,8 +26,8 @@ def main() -> None:
     kinds = tuple(options.kinds.split(",")) if options.kinds else None
     if options.seed is not None:
         report = simulate(options.seed, options.minutes, kinds)
-        print(_line(report))
-        _write_history(report, OUT)
+        print(line_of(report))
+        write_history(report, OUT)
         sys.exit(bool(report.problems))
     seeds = range(options.first, options.first + options.seeds)
     began_s = time.monotonic()
@@ -54,41 +53,12 @@ def _parse() -> argparse.Namespace:
 def _run_all(seeds: range, minutes: float, kinds: tuple[str, ...] | None, processes: int) -> list[Report]:
     found: list[Report] = []
     with ProcessPoolExecutor(processes, max_tasks_per_child=SEEDS_OF_A_PROCESS) as pool:
-        for done in as_completed([pool.submit(_one, seed, minutes, kinds) for seed in seeds]):
+        for done in as_completed([pool.submit(run_one, seed, minutes, kinds) for seed in seeds]):
             report = done.result()
             found.append(report)
             if report.problems:
-                print(_line(report), flush=True)
+                print(line_of(report), flush=True)
     return sorted(found, key=lambda each: each.seed)
-
-
-def _one(seed: int, minutes: float, kinds: tuple[str, ...] | None) -> Report:
-    logging.disable(logging.CRITICAL)
-    report = simulate(seed, minutes, kinds)
-    if report.problems:
-        _write_history(report, OUT)
-    report.history = None
-    return report
-
-
-def _line(report: Report) -> str:
-    faults = " ".join(f"{kind}:{count}" for kind, count in sorted(report.faults.items()))
-    head = (
-        f"seed {report.seed}: {report.digest[:12]}, {report.orders} runs, {report.executions} executions, "
-        f"{report.epochs} epochs, {report.cpu_s:.1f} s [{faults}]"
-    )
-    if not report.problems:
-        return head
-    again = f"  again: {Path(sys.executable).name} -m tests.faults --seed {report.seed} --minutes {report.minutes:g}"
-    return "\n".join([head, *(f"  {problem}" for problem in report.problems[:20]), again])
-
-
-def _write_history(report: Report, folder: Path) -> None:
-    if report.history is None:
-        return
-    folder.mkdir(exist_ok=True)
-    path = folder / f"sim-faults-{report.seed}.txt"
-    path.write_text("\n".join([_line(report), *report.history.notes]) + "\n")
 
 
 def _write_figures(reports: list[Report], wall_s: float, minutes: float) -> None:
