@@ -122,5 +122,7 @@ async def _conclude(mesh: ChaosMesh, history: History, traffic: Traffic, recorde
     traffic.read_effects()
     for name, process in mesh.processes.items():
         log = mesh.log_text(name)
-        for entry in [*(begun_of(name, log) if process.role == "node" else []), *complaints_of(name, log)]:
-            history.add(entry)
+        for begun in begun_of(name, log) if process.role == "node" else ():
+            history.add(begun)
+        for complaint in complaints_of(name, log):
+            history.add(complaint)

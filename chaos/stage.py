@@ -28,7 +28,7 @@ from flowmesh_mesh.workflow import Workflow
 STEADY_S = 1.5
 """Pause before each fault: whoever was started again must be there."""
 
-TRICKLE_S = 0.05
+TRICKLE_S = 0.1
 """A small workflow is submitted this often, so that there is always something to assign."""
 
 HELD_S = 6.0
@@ -117,9 +117,9 @@ class Stage:
     # --- work
 
     async def _keep_busy(self) -> None:
-        """Keep a number of operators under way, in workflows of a tenth each, that take two seconds each."""
+        """Keep a number of operators under way, in workflows of a tenth each, that take four seconds each."""
         while True:
-            await asyncio.gather(*(self._submit(self._load.outstanding // 10, 2.0) for _ in range(10)))
+            await asyncio.gather(*(self._submit(self._load.outstanding // 10, 4.0) for _ in range(10)))
 
     async def _trickle(self) -> None:
         while True:
