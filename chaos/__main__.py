@@ -104,5 +104,14 @@ def main() -> int:
     return 1 if any(figure.ok is False and figure.name not in short for figure in figures) else 0
 
 
+def guarded_main() -> int:
+    """Run everything; an interruption has ended and removed all that was started, and is no error."""
+    try:
+        return main()
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        return drills.INTERRUPTED
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded_main())

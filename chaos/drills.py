@@ -37,10 +37,12 @@ NODE_STOPS = 5
 NODE_CUTS = 5
 BROKER_KILLS = 3
 WIPES = 3
+REPLICATED_KILLS = 5
 OUTSTANDING = 500
 """Operators under way while the leader is hit; never more than 1,000."""
 
 PATIENCE_S = 30.0
+INTERRUPTED = 130
 
 
 def _say(text: str) -> None:
@@ -229,6 +231,14 @@ async def _leaders(folder: Path) -> list[Figure]:
     ]
 
 
+async def _replicated(folder: Path) -> list[Figure]:
+    """A killed leader where every write needs two brokers of three: told beside the other, nothing is demanded of it."""
+    async with Stage(folder, Shape(3, 3, 2, has_links=False), Load(200)) as stage:
+        killed = await leader_kills(stage, REPLICATED_KILLS)
+        figures = _verdict(stage, await stage.conclude(), "replicated")
+    return [Figure("replicated_leader_kill_takeover_s_median", median(killed), "s", None, None, tuple(killed)), *figures]
+
+
 async def _wiped(folder: Path) -> list[Figure]:
     async with Stage(folder, Shape(1, 2, 2, has_links=False), Load(100)) as stage:
         refused, served, took_s = await wipes(stage)
@@ -277,6 +287,7 @@ DRILLS: dict[str, Callable[[Path], Awaitable[list[Figure]]]] = {
     "leaders": _leaders,
     "nodes": _nodes,
     "brokers": _brokers,
+    "replicated": _replicated,
     "wiped": _wiped,
 }
 
@@ -304,7 +315,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/chaos.jsonl"))
     args = parser.parse_args()
     home = args.folder or Path(tempfile.mkdtemp(prefix="flowmesh-drills-"))
-    figures = run(run_all(home, tuple(args.only.split(","))))
+    try:
+        figures = run(run_all(home, tuple(args.only.split(","))))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return INTERRUPTED
     report.write(figures, 0, args.out)
     report.show(figures)
     is_good = all(figure.ok is not False for figure in figures)
