@@ -34,7 +34,7 @@ from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.compiler import Compiled, compile_document
 from flowmesh_mesh.identity import batch_key, identity_record, operator_key
 from flowmesh_mesh.manifest import Acceptance, Manifest, Receipt, Ref, ResultRecord, encode_record
-from flowmesh_mesh.messages import Assignment, Beat, Item, NodeRecord, decode, encode
+from flowmesh_mesh.messages import Assignment, Beat, Item, NodeRecord, Recall, decode, encode
 from flowmesh_scheduler.guarded import GuardedStream
 from flowmesh_scheduler.lease import SchedulerLease, TaskKeeper
 from flowmesh_scheduler.sim.verdict import commit
@@ -127,6 +127,7 @@ class Stage:
                 place = number // LARGE_RUNS * HELD + batch
                 made = held(large[number % LARGE_RUNS], node.node, batch, place * size, self.epoch, size)
                 assign.write(subjects.assign(node.node, made.id), encode(made))
+        ledger.write(subjects.ledger_restored(self.epoch), encode(Recall(0, "records")))  # the ledger is whole
         await ledger.drain(DEADLINE_S)
         await assign.drain(DEADLINE_S)
         assert not faults, faults

@@ -19,6 +19,7 @@ from flowmesh_mesh.bus import Delivery, Pull, StoredMessage, Subscription
 from flowmesh_mesh.messages import Answer, Cancel, Ready, decode, encode, is_json
 from flowmesh_scheduler import asks, intake
 from flowmesh_scheduler.core import events as e
+from flowmesh_scheduler.guarded import patiently
 from flowmesh_scheduler.intake import Submission
 from flowmesh_scheduler.reports import read
 from flowmesh_scheduler.tenants import check_quota
@@ -51,7 +52,7 @@ class Requests:
         Each subscription is added to ``listening`` at once: a take-over that fails here must leave nobody behind who answers.
         """
         bus = self._leader.bus
-        await self.ensure_consumer()
+        await patiently(self.ensure_consumer)
         for subject, handler in (
             (subjects.submit("*"), self._on_request),
             (subjects.cancel("*"), self._on_request),
@@ -61,7 +62,7 @@ class Requests:
         ):
             listening.append(await bus.subscribe(subject, handler))
         listening.append(await bus.pull(subjects.READY, "leader", self._on_ready))
-        await self.sweep()
+        await patiently(self.sweep)
 
     async def ensure_consumer(self) -> None:
         """Make the consumer of ready operators, which a broker that restarted has forgotten."""

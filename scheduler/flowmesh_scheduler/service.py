@@ -157,7 +157,7 @@ class Leader:
             self.apply(event)
         watch.lap("act")
         await self._listen_to_tenants()
-        await self.bus.flush()
+        await patiently(self.bus.flush)
         watch.lap("listen")
         log.warning("leading with epoch %d: %s", self.state.epoch, self.report.text())
 
@@ -217,7 +217,8 @@ class Leader:
         from flowmesh_mesh.transfer import serve_blocks
 
         self._listening.append(await serve_blocks(self.bus, self.hub.store, subjects.HUB, now_us=now_us))
-        await self.reports.catch_up()
+        # the step before may have taken longer than the broker waits for a sign of this connection: it comes back by itself
+        await patiently(self.reports.catch_up)
         await self.requests.listen(self._listening)
 
     async def finish(self) -> None:

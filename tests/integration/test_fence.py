@@ -20,7 +20,7 @@ from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, UnknownOutcomeError
 from flowmesh_mesh.clock import monotonic_s
 from flowmesh_mesh.manifest import encode_record, record_cid
-from flowmesh_mesh.messages import Beat, NodeRecord
+from flowmesh_mesh.messages import Answer, Ask, Beat, NodeRecord, decode, encode
 from flowmesh_scheduler import takeover
 from flowmesh_scheduler.config import Config
 from flowmesh_scheduler.core import events as e
@@ -393,4 +393,33 @@ async def test_a_cancellation_stays_in_its_stream_until_the_ledger_shows_it(
     state = await bus.stream_state(subjects.SUBMIT)
     assert state is not None
     assert state.messages == 0
+    await leader.close()
+
+
+async def test_a_take_over_outlives_the_connection_that_was_lost_while_it_rebuilt(
+    mesh_broker: MeshBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, lease = await mesh_broker.scheduler(), SchedulerLease("scheduler-a")
+    await lease.take(bus, 0)
+    leader = make_leader(mesh_broker, bus, lease)
+    catch_up, tries = leader.reports.catch_up, 0
+
+    async def loses_the_first_answer() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            await bus.connection.force_reconnect()
+            raise UnknownOutcomeError("the connection was lost")
+        await catch_up()
+
+    monkeypatch.setattr(leader.reports, "catch_up", loses_the_first_answer)
+    leading = asyncio.create_task(leader.run())
+    client = await mesh_broker.client("team-a")
+    async with asyncio.timeout(DEADLINE_S):
+        while not leader.report.phases_s.get("listen"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    answer = decode(await client.request(subjects.TENANT_ASK, encode(Ask("nodes"))), Answer)
+    assert not answer.error
+    leader.stop("the test is over")
+    await leading
     await leader.close()
