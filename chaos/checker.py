@@ -171,7 +171,9 @@ def _stale_writes(history: History) -> Iterator[Violation]:
 
 def _stale(entry: Stored, record: Stored) -> str:
     """Return why a write must not stand behind the epoch record ``record``, empty where it may."""
-    if entry.fence and entry.fence < record.seq:
+    if not entry.fence:
+        return "it named no epoch record"
+    if 0 < entry.fence < record.seq:
         return f"it named the epoch record at {entry.fence}; epoch {record.epoch} had been stored at {record.seq}"
     if entry.kind == "assignment" and entry.epoch < record.epoch:
         return f"it carries epoch {entry.epoch}; epoch {record.epoch} had been stored at {record.seq}"

@@ -72,7 +72,7 @@ class Stored(_Entry, frozen=True, tag="stored"):
     """A message of a guarded stream, as the broker keeps it.
 
     ``kind`` is epoch, result, accepted, ended, cancelled, assignment or other. ``fence`` is the sequence of the epoch record
-    that the write named (0: it named none), ``epoch`` the number that the record or assignment carries, ``digest`` that of the
+    that the write named (0: none, -1: not seen), ``epoch`` the number that record or assignment carries, ``digest`` that of the
     data.
     """
 

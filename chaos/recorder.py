@@ -34,6 +34,8 @@ from flowmesh_mesh.streams import SECOND_NS, ConsumerConfig
 
 GUARDED = (subjects.LEDGER, subjects.ASSIGN)
 CONSUMER = "chaos"
+UNSEEN = -1
+"""The fence of a batch whose first message was not seen."""
 _FENCE = "Nats-Expected-Last-Subject-Sequence"
 _BATCH = "Nats-Batch-Id"
 _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)$", re.MULTILINE)
@@ -88,8 +90,8 @@ class Recorder:
         headers = message.headers
         fence = int(headers.get(_FENCE, 0))
         batch = headers.get(_BATCH, "")
-        if batch:
-            fence = self._fences.setdefault(batch, fence)
+        if batch:  # its first message names the fence for all; that one may have been purged before it could be read
+            fence = self._fences.setdefault(batch, fence or UNSEEN)
         for entry in entries_of(stream, seq, at_us, message.subject, message.data, fence):
             self._history.add(entry)
             if isinstance(entry, Stored):

@@ -148,8 +148,9 @@ PLANTED: dict[str, tuple[str, str, Plant]] = {
     "an assignment of a deposed leader by its epoch": (
         STALE,
         "ASSIGN 25",
-        plus(stored(25, "asg.node.n1.a9", "assignment", epoch=100, stream="ASSIGN")),
+        plus(stored(25, "asg.node.n1.a9", "assignment", fence=-1, epoch=100, stream="ASSIGN")),
     ),
+    "a write that names no epoch record": (STALE, "LEDGER 27", plus(stored(27, "led.ended.A.y", "ended"))),
     "an epoch that goes backwards": (STALE, "LEDGER 26", plus(stored(26, "led.epoch.99", "epoch", epoch=99))),
     "a node that begins old work after it saw a newer epoch": (STALE, "a7", plus(Begun("n2", "a7", 100, 100))),
     "a node that begins what is below the epoch it names itself": (STALE, "a8", plus(Begun("n3", "a8", 100, 101))),
