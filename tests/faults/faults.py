@@ -35,7 +35,7 @@ WEIGHTS: dict[str, float] = {
     "rolling-restart": 1,
     "clock-jump": 2,
     "broker-restart": 3,
-    "broker-wipe": 0.7,
+    "broker-wipe": 1.5,
     "broker-leaderless": 3,
     "lost-answers": 3,
     "client-cut": 1,
@@ -73,6 +73,9 @@ class Plan:
         while self._kinds and at_s < self._until_s - 5.0:
             weights = [WEIGHTS[kind] for kind in self._kinds]
             kind = self._rng.choices(self._kinds, weights)[0]
+            if kind == "broker-wipe":
+                self._world.later(at_s, self._world.heal)
+                at_s += QUIET_S
             self._world.later(at_s, partial(self._begin, kind))
             at_s += self._rng.expovariate(1 / GAP_S)
 
@@ -262,8 +265,6 @@ class Plan:
     def _broker_wipe(self, kind: str) -> None:
         world = self._world
         if any(not machine.is_alive for machine in [*world.schedulers, *world.nodes]) or not world.broker.is_up:
-            return
-        if any(fault.until_s > world.loop.time() - QUIET_S for fault in world.history.faults):
             return
         down_s = self._rng.uniform(0.1, 5.0)
         self._note(kind, "broker", down_s)

@@ -334,6 +334,8 @@ def _check_idle(state: State) -> None:
                     f"{where} is not barred"
                 )
                 continue
+            if all(_is_barred(state, node, live[0]) for node in idle.values()):
+                continue  # some of the queue went to a node that was fed early: the rest is as barred here as it was
             assert looked_at_us is not None, f"{where} waits for nothing"
             untils_us = [until_us for until_us, _, other in ranking.waiting if other is queue]
             if ranking.kept.get(queue) == queue.version:
