@@ -528,7 +528,7 @@ class Lease(_Message, frozen=True, tag="lease/1"):
 class SchedulerBeat(_Message, frozen=True, tag="scheduler-beat/1"):
     """A scheduler is there: ``role`` is leader or standby. ``holder`` is the name under which it gives its hub's blocks.
 
-    ``secret`` is a digest of the mesh's secret that it has; ``refused_writes`` counts what the broker refused it as a deposed leader.
+    ``secret`` is a digest of the mesh's secret that it has; ``refused_writes`` counts what the broker refused it once deposed.
     """
 
     scheduler: str

@@ -61,8 +61,8 @@ class ConsumerConfig(msgspec.Struct, frozen=True):
 def submit(first_seq_ms: int = 0, replicas: int = 1) -> StreamConfig:
     """Submissions and cancellations of all tenants; the subject ends with the tenant's key.
 
-    The leader removes what it has settled in bulk: a work queue would sync each removal on its own. ``first_seq_ms`` is the current
-    time, so that a leader of an earlier life of the store removes nothing of this one.
+    The leader removes what it has settled in bulk: a work queue would sync each removal on its own. ``first_seq_ms`` is the
+    current time, so that a leader of an earlier life of the store removes nothing of this one.
     """
     return StreamConfig(
         subjects.SUBMIT,

@@ -213,7 +213,9 @@ class GuardedStream:
         while not self._is_closed:
             try:
                 last = await self._found(batch[-1]) if is_unknown else None
-                sequence = last.seq if last is not None else await self._bus.store_batch(messages, expect=self._fence, timeout_s=TRY_S)
+                sequence = (
+                    last.seq if last is not None else await self._bus.store_batch(messages, expect=self._fence, timeout_s=TRY_S)
+                )
             except AlreadyStoredError:  # some of it is stored: settle each by itself
                 for write in batch:
                     await self._store(write, is_unknown=True)

@@ -119,7 +119,9 @@ class SchedulerLease:
     async def _put(self, bus: Bus, seq: int) -> None:
         began_s = monotonic_s()
         record = encode(Lease(self.leader, now_us(), life=self.life, secret=self.secret))
-        self.revision = await bus.store(subjects.LEASE_SUBJECT, record, expect=Expect(seq), ttl_s=BROKER_LEASE_S, timeout_s=2 * RENEW_S)
+        self.revision = await bus.store(
+            subjects.LEASE_SUBJECT, record, expect=Expect(seq), ttl_s=BROKER_LEASE_S, timeout_s=2 * RENEW_S
+        )
         self.held_until_s = began_s + LEASE_S
 
     async def renew(self, bus: Bus) -> Change:
