@@ -18,6 +18,9 @@ LEASE_S = 10.0
 SETTLED_S = 1.0
 """An assignment this old is written to its stream, and its node has said in a heartbeat that it holds it."""
 
+NEAR_S = 3.0
+"""Longest take-over; and how soon work is stopped that nobody waits for any more."""
+
 _BY_ACCIDENT = frozenset({Reason.CRASHED, Reason.INTERNAL, Reason.INPUT_MISSING})
 
 
@@ -146,7 +149,9 @@ def p4_p5_no_work_is_repeated(facts: Facts) -> list[str]:
 
 
 def _is_excused(before: Execution, again: Execution, facts: Facts) -> bool:
-    if before.how in ("crashed", "timeout", "cancelled") or before.seconds < SETTLED_S:
+    if before.how in ("crashed", "timeout") or before.seconds < SETTLED_S:
+        return True
+    if before.how == "cancelled" and any(_ends_waiting(told) and abs(told.at_s - before.ended_s) < NEAR_S for told in facts.told):
         return True
     if facts.speculates and (before.how == "running" or again.began_s < before.ended_s + SETTLED_S):
         return True
@@ -156,11 +161,16 @@ def _is_excused(before: Execution, again: Execution, facts: Facts) -> bool:
             return True
         if fault.who == again.node and fault.at_s <= before.began_s and again.began_s <= fault.until_s + LEASE_S:
             return True  # it had the work first, was given up, and went on with it when it was back
-        if fault.who.startswith(("scheduler", "broker")) and fault.at_s - SETTLED_S <= before.began_s <= fault.until_s + LEASE_S:
+        if fault.who.startswith(("scheduler", "broker")) and fault.at_s - SETTLED_S <= before.began_s <= fault.until_s + NEAR_S:
             return True
         if fault.kind in ("node-blocks-lost", "node-blocks-rotten", "node-disk-full") and fault.at_s <= again.began_s:
             return True
     return False
+
+
+def _ends_waiting(told: Told) -> bool:
+    """Tell whether this may have ended the last run that waited for some work."""
+    return told.state in ("cancel asked", "cancelled", "failed")
 
 
 def p7_status_is_true(facts: Facts) -> list[str]:
