@@ -314,7 +314,7 @@ def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, ou
             return
     if reason in _RETRIED:
         work.failures += 1
-        if work.failures < max(v.operator.retry.attempts for v in work.waiters):
+        if work.failures < _tries(state, work, reason):
             work.avoided |= {node}
             work.not_before_us = now_us + int(work.operator.retry.backoff_s * 2 ** (work.failures - 1) * 1e6)
             out.queueing.append(work)
@@ -322,6 +322,13 @@ def _fail(state: State, work: Work, outcome: Outcome, node: str, now_us: int, ou
     for vertex in work.waiters:
         vertex.attempt, vertex.log = outcome.attempt, outcome.log
     fail_work(state, work, reason, outcome.error, node, out, actor=node)
+
+
+def _tries(state: State, work: Work, reason: Reason) -> int:
+    """Return how often an operator may fail; what goes wrong on a node itself (a full disk) is not the author's to count."""
+    tries = max(vertex.operator.retry.attempts for vertex in work.waiters)
+    is_of_node = reason == Reason.INTERNAL and work.operator.determinism != "effect"
+    return max(tries, state.settings.nodes_lost_limit) if is_of_node else tries
 
 
 def on_committed(state: State, event: Committed, out: Outbox) -> None:

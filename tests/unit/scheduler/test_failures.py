@@ -54,6 +54,25 @@ def test_an_operator_that_may_run_once_is_not_tried_again() -> None:
     assert made.end().reason == "crashed"
 
 
+def test_what_goes_wrong_on_a_node_itself_is_tried_elsewhere_although_the_operator_may_run_once() -> None:
+    made = desk()
+    made.submit(workflow([operator("o", nonce=1, retry=Retry(1, 0.1))]))
+    seen = []
+    for _ in range(3):
+        seen.append(made.only().node)
+        made.fail(made.only(), "internal")
+        made.wait(1.0, beating=alive(made))
+    assert sorted(seen) == ["n1", "n2", "n3"]
+    assert made.end().reason == "internal"
+
+
+def test_what_has_effects_and_may_run_once_is_not_tried_again_whatever_went_wrong() -> None:
+    made = desk()
+    made.submit(workflow([operator("o", nonce=1, retry=Retry(1, 0.1), determinism="effect")]))
+    made.fail(made.only(), "internal")
+    assert made.end().reason == "internal"
+
+
 def test_an_attempt_that_succeeds_after_crashes_is_a_success() -> None:
     made = desk("n1")
     made.submit(chain(1))
@@ -127,7 +146,7 @@ def test_a_node_that_stops_work_unasked_is_not_given_it_for_ever() -> None:
 
 def test_a_reason_that_is_none_becomes_an_internal_error() -> None:
     made = desk("n1")
-    made.submit(workflow([operator("o", nonce=1, retry=Retry(1))]))
+    made.submit(workflow([operator("o", nonce=1, retry=Retry(1), determinism="effect")]))
     made.fail(made.only(), "because")
     assert made.end().reason == "internal"
 
