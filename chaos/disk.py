@@ -19,6 +19,9 @@ from pathlib import Path
 FULL_BYTES = 24 * 1024 * 1024
 """Size of the small disk that a process gets whose disk is to fill up."""
 
+FLIPS = 8
+"""Bytes that rot at once."""
+
 _LEFT_BYTES = 4096
 
 
@@ -51,18 +54,19 @@ def fill(folder: Path) -> Path:
 
 
 def corrupt(store: Path, source: random.Random) -> str:
-    """Flip one byte of a block in a pack; return where, empty when there is nothing to flip."""
+    """Flip bytes here and there in a pack; return where, empty when there is nothing to flip."""
     packs = [path for path in sorted((store / "packs").glob("*.pack")) if path.stat().st_size > 64]
     if not packs:
         return ""
     pack = source.choice(packs)
-    at = source.randrange(40, pack.stat().st_size)
+    places = sorted({source.randrange(40, pack.stat().st_size) for _ in range(FLIPS)})
     with pack.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ 0xFF]))
-    return f"byte {at} of {pack.name}"
+        for at in places:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 0xFF]))
+    return f"bytes {', '.join(map(str, places))} of {pack.name}"
 
 
 def lose_power(store: Path, source: random.Random) -> str:

@@ -22,6 +22,9 @@ from chaos.traffic import now_us
 LEADER_SHARE = 0.7
 """How often a fault on schedulers hits the leader."""
 
+HUB_SHARE = 0.3
+"""How often it is a hub's disk that rots, not a node's."""
+
 _WEIGHTS: dict[str, float] = {
     "scheduler-kill": 3,
     "scheduler-stop": 3,
@@ -123,6 +126,8 @@ class Breaker:
             return self._one_scheduler(source)
         if kind == "disk-full":
             return self._pick(sorted(self._small_disks), source)
+        if kind == "corrupt" and source.random() < HUB_SHARE:
+            return self._one_scheduler(source)
         if kind in ("node-kill", "node-stop", "corrupt"):
             return self._pick(mesh.running("node"), source)
         if source.random() < 0.5:

@@ -124,5 +124,5 @@ async def _conclude(mesh: ChaosMesh, history: History, traffic: Traffic, recorde
         log = mesh.log_text(name)
         for begun in begun_of(name, log) if process.role == "node" else ():
             history.add(begun)
-        for complaint in complaints_of(name, log):
+        for complaint in complaints_of(name, log.replace(f"{mesh.folder}/", "")):
             history.add(complaint)
