@@ -268,10 +268,19 @@ class Requests:
         if future is not None and not future.done():
             future.set_result(True)
 
+    @property
+    def _may_be_deposed(self) -> bool:
+        """Tell whether another may lead by now: then this one knows too little to answer, and what it is given may be lost."""
+        return self._leader.is_cut_off or not self._leader.lease.is_held
+
     def _on_ask(self, delivery: Delivery) -> None:
+        if self._may_be_deposed:
+            return
         self._leader.spawn(self._counted(self._answer(delivery, asks.answer)))
 
     def _on_put(self, delivery: Delivery) -> None:
+        if self._may_be_deposed:
+            return
         self._leader.spawn(self._counted(self._answer(delivery, asks.put)))
 
     def _on_get(self, delivery: Delivery) -> None:

@@ -442,20 +442,20 @@ def simulated(seed: int) -> Iterator[tuple[VirtualLoop, Path]]:
 @contextlib.contextmanager
 def watched(world: World) -> Iterator[None]:
     """Put the executors of the simulation in, and watch what nodes begin."""
-    begin = Intake._begin
+    take = Intake._take
 
-    def spy(intake: Intake, held: Any, reply: Any) -> None:
+    def spy(intake: Intake, assignment: Assignment, message: Any) -> None:
         node = next((each for each in world.nodes if each.name == intake.node), None)
         process = current_process()
         if node is not None and process is not None and process.state is RUNNING:
-            epoch = held.assignment.epoch
-            world.history.begun.append(Begun(world.loop.time(), node.name, epoch, node.highest, held.assignment.id))
+            epoch = assignment.epoch
+            world.history.begun.append(Begun(world.loop.time(), node.name, epoch, node.highest, assignment.id))
             node.highest = max(node.highest, epoch)
-        begin(intake, held, reply)
+        take(intake, assignment, message)
 
     with (
         mock.patch.object(Bus, "make_connection", world.network.connection),
         mock.patch.object(node_executors, "Executor", lambda kind, environment: SimExecutor(world.bench, kind)),
-        mock.patch.object(Intake, "_begin", spy),
+        mock.patch.object(Intake, "_take", spy),
     ):
         yield
