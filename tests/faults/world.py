@@ -32,6 +32,7 @@ from flowmesh_mesh.client.journal import Journal
 from flowmesh_mesh.client.mesh import Mesh
 from flowmesh_mesh.client.submission import submit
 from flowmesh_mesh.credentials import Credentials
+from flowmesh_mesh.messages import Assignment
 from flowmesh_node import executors as node_executors
 from flowmesh_node.agent import Agent, Parts
 from flowmesh_node.intake import Intake
