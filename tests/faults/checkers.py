@@ -153,7 +153,7 @@ def _is_excused(before: Execution, again: Execution, facts: Facts) -> bool:
         return True
     if before.how == "cancelled" and any(_ends_waiting(told) and abs(told.at_s - before.ended_s) < NEAR_S for told in facts.told):
         return True
-    if facts.speculates and (before.how == "running" or again.began_s < before.ended_s + SETTLED_S):
+    if facts.speculates and (before.how in ("running", "cancelled") or again.began_s < before.ended_s + SETTLED_S):
         return True
     for fault in facts.faults:
         overlaps = fault.at_s <= again.began_s and fault.until_s + LEASE_S >= before.began_s
