@@ -26,6 +26,7 @@ from nats.aio.transport import TcpTransport
 from nats.protocol.parser import PERMISSIONS_ERR
 
 from flowmesh_cas.errors import TransientError, UsageError
+from flowmesh_mesh import tasks
 from flowmesh_mesh.credentials import Credentials
 
 log = logging.getLogger("flowmesh.bus")
@@ -71,17 +72,8 @@ async def _within(deadline_s: float, work: Coroutine[Any, Any, None]) -> None:
         if not task.done():
             raise TimeoutError
     finally:
-        await _end(task)
+        await tasks.end([task], again_s=0.05)
     await task
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel a task until it has ended."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.05)
-    if not task.cancelled():
-        task.exception()  # it has been looked at
 
 
 class CredentialsRefusedError(UsageError):
@@ -308,4 +300,4 @@ class Connection(Client):  # type: ignore[misc]
         finally:
             self._status = Client.CLOSED
             if self._reconnection_task is not None:
-                await _end(self._reconnection_task)
+                await tasks.end([self._reconnection_task], again_s=0.05)

@@ -18,6 +18,7 @@ import msgspec
 
 from flowmesh_cas.errors import FlowmeshError, UsageError
 from flowmesh_cas.store import BlockStore
+from flowmesh_mesh import tasks
 from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, decode_record
 from flowmesh_mesh.messages import Guard, Guarded, Recall, Recalled, Sealed, Unguard, decode, encode
@@ -180,9 +181,7 @@ class Keeper:
 
     async def close(self) -> None:
         """Stop what is under way."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
 
     async def _do(self, message: Guard | Unguard | Recall, told: Told) -> None:
         answer: Guarded | Recalled | None = None

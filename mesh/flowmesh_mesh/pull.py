@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from flowmesh_cas.errors import FlowmeshError
+from flowmesh_mesh import tasks
 from flowmesh_mesh.delivery import DESCRIPTION, STATUS, Delivery, parse_headers
 
 if TYPE_CHECKING:
@@ -171,7 +172,5 @@ class Pull:
             self._bus.connection.unlisten(slot.number)
             if slot.retry is not None:
                 slot.retry.cancel()
-        tasks = [task for task in (self._worker, self._watch) if task is not None and task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        running = [task for task in (self._worker, self._watch) if task is not None and task is not asyncio.current_task()]
+        await tasks.end(running)

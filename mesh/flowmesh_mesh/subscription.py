@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
+from flowmesh_mesh import tasks
 from flowmesh_mesh.delivery import Delivery
 from flowmesh_mesh.pull import Callback
 
@@ -65,5 +66,4 @@ class Subscription:
         self._bus.connection.unlisten(self._number)
         self._bus.forget(self)
         if self._worker is not None and self._worker is not asyncio.current_task():
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+            await tasks.end([self._worker])

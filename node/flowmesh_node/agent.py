@@ -23,7 +23,7 @@ import psutil
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_cas.pack_store import PackStore
 from flowmesh_cas.store import BlockStore
-from flowmesh_mesh import messages, subjects, transfer
+from flowmesh_mesh import messages, subjects, tasks, transfer
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.bus import Delivery as Message
 from flowmesh_mesh.clock import monotonic_s, now_us
@@ -465,9 +465,7 @@ class Agent:
         if self.bus.connected:
             await self._quietly(self.bus.store(subjects.node_record(self.settings.node), encode(self.record())), 1.0)
             self._send_beat()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
         await asyncio.gather(self.bus.close(), self.bulk.close())
         await asyncio.to_thread(self.store.close)
         self.is_gone.set()

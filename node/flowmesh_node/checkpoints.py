@@ -17,7 +17,7 @@ from typing import Any
 
 from flowmesh_cas.errors import FlowmeshError
 from flowmesh_cas.store import BlockStore
-from flowmesh_mesh import content, subjects
+from flowmesh_mesh import content, subjects, tasks
 from flowmesh_mesh.bus import Bus
 from flowmesh_mesh.checkpoints import PIN, give_back_space, remove_dags
 from flowmesh_mesh.clock import monotonic_s
@@ -221,6 +221,4 @@ class Checkpoints:
 
     async def settle(self) -> None:
         """End what is under way: the store is about to be closed."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from flowmesh_cas.cid import cid_parse
 from flowmesh_cas.errors import FlowmeshError, UsageError
+from flowmesh_mesh import tasks
 from flowmesh_mesh.bus import Delivery as Message
 from flowmesh_mesh.catalog import CATALOG
 from flowmesh_mesh.clock import monotonic_ns
@@ -249,10 +250,7 @@ class Intake:
 
     async def stop(self) -> None:
         """Cancel what runs, without a word to the leader: another node takes it over."""
-        tasks = [task for held in self.held.values() for task in held.tasks()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await tasks.end([task for held in self.held.values() for task in held.tasks()])
 
 
 def shared_of(assignment: Assignment) -> list[Located]:

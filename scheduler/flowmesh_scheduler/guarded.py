@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from flowmesh_cas.errors import FencedError, FlowmeshError, InternalError, TransientError
+from flowmesh_mesh import tasks
 from flowmesh_mesh.bus import AlreadyStoredError, Bus, Expect, StoredMessage
 from flowmesh_mesh.clock import monotonic_s
 from flowmesh_mesh.messages import Epoch, decode, encode
@@ -297,7 +298,4 @@ class GuardedStream:
         """Stop writing; what is queued is dropped."""
         self._is_closed = True
         self._queue.clear()
-        tasks = [*self._tasks, *([self._batching] if self._batching else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await tasks.end([*self._tasks, *([self._batching] if self._batching else [])])

@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from flowmesh_cas.errors import FencedError, FlowmeshError, TransientError, UsageError
-from flowmesh_mesh import subjects
+from flowmesh_mesh import subjects, tasks
 from flowmesh_mesh.bus import Bus, Delivery, Expect, StoredMessage
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.messages import Lease, decode, encode
@@ -229,8 +229,7 @@ class TaskKeeper:
         keeping, self._keeping = self._keeping, None
         lease, self._lease = self._lease, None
         if keeping is not None:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            await tasks.end([keeping])
         if lease is not None and is_released and self._bus is not None:
             await lease.release(self._bus)
 

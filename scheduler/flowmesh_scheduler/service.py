@@ -13,7 +13,7 @@ from typing import Any
 
 from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_cas.store import BlockStore
-from flowmesh_mesh import subjects
+from flowmesh_mesh import subjects, tasks
 from flowmesh_mesh.bus import Bus, Pull, Subscription
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.messages import WIRE_VERSION, Epoch, encode
@@ -249,9 +249,7 @@ class Leader:
         for listening in self._listening:
             with contextlib.suppress(FlowmeshError):
                 await (listening.unsubscribe() if isinstance(listening, Subscription) else listening.stop())
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
         await asyncio.gather(self.ledger.close(), self.assign.close())
         await self.costs.close()
         await self.hub.store.drain()

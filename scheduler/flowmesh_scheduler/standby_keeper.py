@@ -12,7 +12,7 @@ from typing import Any
 
 from flowmesh_cas.errors import FlowmeshError, UsageError
 from flowmesh_cas.store import BlockStore
-from flowmesh_mesh import subjects
+from flowmesh_mesh import subjects, tasks
 from flowmesh_mesh.bus import Bus, Delivery, Subscription
 from flowmesh_mesh.keeping import PAGE_BYTES, Keeper
 from flowmesh_mesh.messages import Guard, Recall, Recalled, Unguard, decode, encode
@@ -63,8 +63,7 @@ class StandbyKeeper:
                 await subscription.unsubscribe()
         following, self._following = self._following, None
         if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            await tasks.end([following])
 
     async def close(self) -> None:
         """Write what waits and let go."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, TransientError, UsageError
-from flowmesh_mesh import __version__, messages, subjects
+from flowmesh_mesh import __version__, messages, subjects, tasks
 from flowmesh_mesh.bus import Bus, Delivery, NoAnswerError, Subscription
 from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.messages import SchedulerBeat, decode, encode
@@ -167,8 +167,7 @@ class Presence:
     async def close(self) -> None:
         """Tell nothing more."""
         if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.gather(self._beating, return_exceptions=True)
+            await tasks.end([self._beating])
         if self._heard is not None:
             with contextlib.suppress(FlowmeshError):
                 await self._heard.unsubscribe()
