@@ -28,7 +28,7 @@ from flowmesh_mesh.workflow import Workflow
 STEADY_S = 1.5
 """Pause before each fault: whoever was started again must be there."""
 
-TRICKLE_S = 0.1
+TRICKLE_S = 0.05
 """A small workflow is submitted this often, so that there is always something to assign."""
 
 HELD_S = 6.0
@@ -54,10 +54,10 @@ class _Steady:
         return self._nonce
 
     def wish(self, count: int, sleep_s: float) -> Wish:
-        """Return a workflow of ``count`` operators that take ``sleep_s`` each."""
-        operators = {
-            f"n{place}": {"type": "flow.noop", "with": {"nonce": self.fresh(), "sleep_s": sleep_s}} for place in range(count)
-        }
+        """Return a workflow of ``count`` operators, all of which wait for one that takes ``sleep_s``."""
+        operators: dict[str, Any] = {"n0": {"type": "flow.noop", "with": {"nonce": self.fresh(), "sleep_s": sleep_s}}}
+        for place in range(1, count):
+            operators[f"n{place}"] = {"type": "flow.noop", "inputs": {"after": "n0.out"}, "with": {"nonce": self.fresh()}}
         document = {"apiVersion": "flowmesh/v1", "name": "steady", "operators": operators, "outputs": {"n": "n0.out"}}
         return Wish("steady", document, {"n": None})
 
@@ -117,9 +117,9 @@ class Stage:
     # --- work
 
     async def _keep_busy(self) -> None:
-        """Keep a number of operators under way, in workflows of a tenth each, that take four seconds each."""
+        """Keep a number of operators under way, most of them waiting, so that nodes have room for what trickles in."""
         while True:
-            await asyncio.gather(*(self._submit(self._load.outstanding // 10, 4.0) for _ in range(10)))
+            await self._submit(self._load.outstanding, 4.0)
 
     async def _trickle(self) -> None:
         while True:
