@@ -233,4 +233,5 @@ async def _connected(mesh: ChaosMesh, tenant: str) -> Mesh:
         except TransientError:
             await asyncio.sleep(0.2)
         else:
+            client.journal = None  # or it would submit again what the mesh lost, and hide the loss
             return client
