@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
 
 from chaos import drills, report
-from chaos.checker import Verdict
 from chaos.processes import Shape
-from chaos.seed import Outcome, run_seed
-from flowmesh_cas.errors import FlowmeshError
+from chaos.running import outcomes_of, run
+from chaos.seed import Outcome
 
 REPORT = Path("docs/fault-report.md")
-T = TypeVar("T")
 
 
 def _arguments() -> argparse.Namespace:
@@ -33,33 +27,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--brokers", type=int, default=3, choices=(1, 3))
     parser.add_argument("--schedulers", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=5)
+    parser.add_argument("--at-once", type=int, default=1, help="seeds to run side by side (default %(default)s)")
     parser.add_argument("--no-drills", action="store_true", help="leave the fail-over drills out")
     parser.add_argument("--folder", type=Path, default=None, help="where the meshes live; failing seeds stay there")
     parser.add_argument("--out", type=Path, default=Path("out/chaos.jsonl"))
     parser.add_argument("--report", type=Path, default=None, help=f"write the page here (default {REPORT}, for whole runs only)")
     return parser.parse_args()
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, or until Ctrl-C or SIGTERM, after which everything is still cleaned up."""
-    logging.getLogger("flowmesh").setLevel(logging.ERROR)  # that clients complain is what is wanted
-
-    async def guarded() -> T:
-        task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, task.cancel)
-        return await task
-
-    return asyncio.run(guarded())
-
-
-def _one(seed: int, window_s: float, folder: Path, shape: Shape) -> Outcome:
-    """Run one seed; a mesh that does not even start is an outcome too."""
-    try:
-        return run(run_seed(seed, window_s, folder, shape))
-    except (FlowmeshError, TimeoutError, OSError) as error:
-        return Outcome(seed, window_s, 0.0, Verdict(), [], error=f"{type(error).__name__}: {error}")
 
 
 def _say(outcome: Outcome, folder: Path, args: argparse.Namespace) -> None:
@@ -83,13 +56,13 @@ def main() -> int:
     seeds = [args.seed] * args.seeds if args.seed is not None else list(range(args.first, args.first + args.seeds))
     figures = [] if args.no_drills or args.seed is not None else run(drills.run_all(home / "drills"))
     outcomes: list[Outcome] = []
-    for seed in seeds:
-        folder = home / f"seed-{seed}"
-        outcome = _one(seed, window_s, folder, Shape(args.brokers, args.schedulers, args.nodes))
+    for outcome in outcomes_of(seeds, window_s, home, Shape(args.brokers, args.schedulers, args.nodes), args.at_once):
+        folder = home / f"seed-{outcome.seed}"
         outcomes.append(outcome)
         _say(outcome, folder, args)
         if outcome.is_good:
             shutil.rmtree(folder, ignore_errors=True)
+    outcomes.sort(key=lambda outcome: outcome.seed)
     figures += report.of_seeds(outcomes)
     report.write(figures, seeds[0], args.out)
     report.show(figures)

@@ -307,7 +307,7 @@ async def run_all(folder: Path, only: tuple[str, ...] = tuple(DRILLS)) -> list[F
 
 def main() -> int:
     """Run the drills named, print and append their figures; return 1 when a bar is missed."""
-    from chaos.__main__ import run
+    from chaos.running import run
 
     parser = argparse.ArgumentParser(prog="python -m chaos.drills", description=__doc__)
     parser.add_argument("--only", default=",".join(DRILLS), help="of %(default)s")
