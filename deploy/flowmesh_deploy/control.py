@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from flowmesh_mesh.bus import Bus
 
 START_S = 60.0
+CONNECT_S = 1.0
+"""How long one attempt to reach the broker may take; between two the supervisor is looked at again."""
+
 STOP_S = 30.0
 """Longer than the supervisor's own budgets together; then everything is killed."""
 
@@ -184,8 +187,13 @@ async def wait_ready(
 
     context = load_context(layout.context)
     credentials = Credentials.load(context.tenant().credentials)
-    left_s = max(0.1, start.deadline - time.monotonic())
-    bus = await Bus.connect(context.urls, credentials, name="flowmesh-up", inbox=credentials.inbox, deadline_s=left_s)
+    while True:
+        start.check("the broker does not answer")
+        try:
+            bus = await Bus.connect(context.urls, credentials, name="flowmesh-up", inbox=credentials.inbox, deadline_s=CONNECT_S)
+            break
+        except TransientError:
+            await asyncio.sleep(0.05)  # what went wrong is told by the next check: the mesh may be on its way down
     try:
         return await _wait_leader(start, bus)
     finally:

@@ -189,9 +189,12 @@ async def test_a_mesh_works_on_brokers_by_hand(tmp_path: Path, processes: Proces
             except TransientError:  # nobody leads yet
                 await asyncio.sleep(0.1)
         assert (await run.result()).state == "succeeded"
-    document = json.loads((await asyncio.to_thread(flowmesh, "doctor", "--dir", str(one), "--json")).stdout)
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            document = json.loads((await asyncio.to_thread(flowmesh, "doctor", "--dir", str(one), "--json")).stdout)
+            if "3 of 3 brokers answer and are healthy" in {row["finding"] for row in document["findings"]}:
+                break  # on a busy machine one of them may not have answered in time
     assert {row["check"] for row in document["findings"] if row["severity"] == "fail"} == set()
-    assert "3 of 3 brokers answer and are healthy" in {row["finding"] for row in document["findings"]}
     joined = await asyncio.to_thread(flowmesh, "doctor", "--dir", str(tmp_path / "broker-2"), "--json")
     assert joined.returncode == 0
     assert {row["check"] for row in json.loads(joined.stdout)["findings"]} == {"sync", "stores", "disks", "secrets", "expiry"}

@@ -188,7 +188,7 @@ class _Round:
         if self.market != "engine" or not state.fleet.ending or state.fleet.ending[0][0] > self.now_us:
             return
         for queue, node in nodes_to_feed(state, self.now_us, self._may_have):
-            klass, head = node.klass, queue.head
+            klass, head = node.klass, self._first(queue)  # what was fed before may have used a tenant's quota up
             if klass is None or head is None or klass.idle[self.market]:
                 continue
             base = self._base(queue, klass, state.shares.tag(head.tenant))
