@@ -99,15 +99,22 @@ class Journal:
             temporary.replace(self._path(run))
         except (OSError, FlowmeshError) as error:
             log.info("run %s is not remembered: %s", run, error)
-        if run not in self._expected:
-            self.drop(run)
+        self.drop(run)  # the first of two takes it from what is expected, the second removes the file
         self._kept += 1
         if self._kept % PRUNED_EVERY == 1:
             self.prune()
 
+    def is_expected(self, run: str) -> bool:
+        """Tell whether a submission is still to be remembered."""
+        return run in self._expected
+
     def drop(self, run: str) -> None:
-        """Forget a run: its end was seen."""
-        self._expected.discard(run)
+        """Forget a run: its end was seen. What is expected still leaves no file then."""
+        try:
+            self._expected.remove(run)
+            return
+        except KeyError:
+            pass
         try:
             self._path(run).unlink(missing_ok=True)
         except OSError as error:

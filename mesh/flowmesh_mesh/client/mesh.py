@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 OWN_SUBSCRIPTIONS_MAX = 8
 """Runs that are followed each by a subscription of its own; a client with more hears all its tenant's runs at once."""
 
+REMEMBER_AFTER_S = 0.5
+"""A submission is written into the journal when its run has not ended by then, or this client leaves."""
+
 SUBMIT_DEADLINE_S = 60.0
 RUNS_LISTED = 1000
 AUDIT_DEADLINE_S = 300.0
@@ -63,6 +66,7 @@ class Mesh:
         self._tenant_wide: Subscription | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.journal: Journal | None = None
+        self._is_closing = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -76,12 +80,14 @@ class Mesh:
         from flowmesh_mesh.client.entry import connect_tenant
         from flowmesh_mesh.client.journal import journal_of
 
+        self._is_closing.clear()
         self._bus = await connect_tenant(self._context, self._tenant)
         with contextlib.suppress(FlowmeshError, OSError):
             self.journal = journal_of(self._context, self._tenant)
 
     async def close(self) -> None:
-        """Disconnect, after what is being published has been acknowledged; runs go on."""
+        """Disconnect, after what is being published has been acknowledged and remembered; runs go on."""
+        self._is_closing.set()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=submission.STORE_TIMEOUT_S)
         for run in list(self._runs.values()):
@@ -123,10 +129,18 @@ class Mesh:
         if self.journal is None:
             return
         self.journal.expect(run)
-        keeping = asyncio.get_running_loop().create_task(asyncio.to_thread(self.journal.keep, run, payload, store))
+        keeping = asyncio.get_running_loop().create_task(self._remember(self.journal, run, payload, store))
         self._track(keeping)
         if store is not None:
             await asyncio.wait({keeping})
+
+    async def _remember(self, journal: Journal, run: str, payload: bytes, store: BlockStore | None) -> None:
+        """Write a submission down; one that ends within a moment costs no file, unless this client leaves before."""
+        if store is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_closing.wait(), REMEMBER_AFTER_S)
+        if journal.is_expected(run):
+            await asyncio.to_thread(journal.keep, run, payload, store)
 
     def forget(self, run: Run) -> None:
         """Let go of a run that has ended; called from the read loop."""
