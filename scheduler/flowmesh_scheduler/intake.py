@@ -30,6 +30,10 @@ MODEL_SCHEMES = ("wheel:", "hf:", "cid:")
 """A path would name whatever lies there on the node: compilers put local models into the store and name their CID."""
 
 
+class InputsAbsentError(UsageError):
+    """The mesh does not hold what a submission refers to, or no longer: whoever has it may put it again."""
+
+
 class JsonSubmit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A submission as any client may write it: a workflow document instead of a compiled manifest."""
 
@@ -79,7 +83,9 @@ def open_submission(tenant: str, data: bytes, hub: Hub) -> Submission:
         value = decode_dag_cbor(hub.get(message.manifest) if block is None else block)
         manifest = msgspec.convert(value, Manifest)
     except NotFoundError as error:
-        raise UsageError("the manifest is neither in the submission nor in the mesh", hint="Put it before submitting.") from error
+        raise InputsAbsentError(
+            "the manifest is neither in the submission nor in the mesh", hint="Put it before submitting."
+        ) from error
     except (IntegrityError, msgspec.ValidationError) as error:
         raise UsageError(f"the manifest cannot be read: {error}") from error
     named, elsewhere = name_blocks(dag.cbor_links(value), message.blocks)
@@ -206,4 +212,5 @@ def rejection(error: FlowmeshError) -> dict[str, Any]:
     """Return the body of the event that tells a client why its submission was refused."""
     problems = getattr(error, "problems", None) or []
     told = [msgspec.to_builtins(p) if isinstance(p, msgspec.Struct) else str(p) for p in problems]
-    return {"error": error.message, "hint": error.hint, "problems": told}
+    body: dict[str, Any] = {"error": error.message, "hint": error.hint, "problems": told}
+    return body | {"absent": True} if isinstance(error, InputsAbsentError) else body

@@ -358,13 +358,14 @@ class Keepers:
         """Tell whether this mesh is replicated, so that nothing large is accepted with one holder."""
         return self._leader.config.replicas > 1 or bool(self.standbys())
 
-    async def copied(self, pair: Pair, roots: Sequence[bytes]) -> None:
+    async def copied(self, pair: Pair, roots: Sequence[bytes]) -> bool:
         """Wait until somebody beside the leader holds contents that came before their run is accepted, on a replicated mesh.
 
-        There is a deadline: a mesh that has lost its other holders goes on accepting, and says so in its status.
+        There is a deadline: a mesh that has lost its other holders goes on accepting, and says so in its status. Tell whether
+        there are as many holders as there should be.
         """
         if not self.wants_copies:
-            return
+            return True
         why = "nobody beside the leader can hold it"
         until_s = self._loop.time() + COPY_DEADLINE_S
         for holder in [*self.standbys(), *self.nodes()]:
@@ -379,10 +380,11 @@ class Keepers:
                 why = f"{holder.name}: {error.message}"
                 continue
             if not answer.error:
-                return
+                return True
             why = f"{holder.name}: {answer.error}"
         log.warning("run %s is accepted with one holder of its contents: %s", pair[1], why)
         self._single[pair] = why
+        return False
 
     # --- what keepers tell
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flowmesh_cas import dag
 from flowmesh_cas.errors import FlowmeshError, UsageError
 from flowmesh_mesh import messages, streams, subjects
 from flowmesh_mesh.bus import Delivery, Pull, StoredMessage, Subscription
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowmesh.scheduler")
 
 ACCEPTANCE_INLINE_MAX_BYTES = 64 * 1024
+VERIFIED_BYTES = 64 * 1024 * 1024
+"""How much of each content is read through before a run that needs it is accepted."""
 
 
 class Requests:
@@ -155,11 +158,7 @@ class Requests:
                 submission = await asyncio.to_thread(intake.compile_submission, tenant, run, data)
             else:
                 submission = await asyncio.to_thread(intake.open_submission, tenant, data, self._leader.hub)
-            absent = await asyncio.to_thread(self._absent, submission)
-            if absent:
-                raise UsageError(
-                    f"{len(absent)} blocks of the inputs are not held by the mesh", hint="Put them before submitting."
-                )
+            await self._check_present(submission)
             assert submission.manifest is not None
             models = await self._leader.resolver.resolve(intake.references(submission.manifest))
             inline: list[bytes] = []
@@ -169,10 +168,20 @@ class Requests:
                 await self._leader.hub.put(submission.blocks)
             if submission.elsewhere or not inline:
                 roots = submission.elsewhere if inline else [submission.manifest_cid]
-                await self._leader.keepers.copied(pair, roots)
+                if not await self._leader.keepers.copied(pair, roots):
+                    await self._check_present(submission)  # that nobody could fetch them may be because ours have gone bad
             self._submit(submission, models, inline)
         except FlowmeshError as error:
             self._reject(pair, encoding, error)
+
+    async def _check_present(self, submission: Submission) -> None:
+        """Raise InputsAbsentError unless everything that did not come along is here, and sound as far as a look may cost."""
+        store, roots = self._leader.hub.store, submission.elsewhere
+        absent = await asyncio.to_thread(lambda: [c for c in roots if not dag.is_whole(store, c, max_bytes=VERIFIED_BYTES)])
+        if absent:
+            raise intake.InputsAbsentError(
+                f"{len(absent)} contents of the inputs are not held by the mesh", hint="Put them before submitting."
+            )
 
     def _submit(self, submission: Submission, models: dict[str, str], inline: list[bytes]) -> None:
         assert submission.manifest is not None

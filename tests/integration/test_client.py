@@ -111,6 +111,39 @@ async def test_tables_and_files_are_exported_with_their_endings(mesh: Mesh, lead
     assert paths[2].read_bytes() == b"x" * 3_000_000
 
 
+def _large(tmp_path: Path) -> dict[str, Any]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"n":{n}}}\n' for n in range(100_000)))
+    return {
+        "apiVersion": "flowmesh/v1",
+        "name": "large",
+        "operators": {"a": {"type": "data.load", "inputs": {"file": {"path": str(rows)}}}},
+        "outputs": {"out": "a.rows"},
+    }
+
+
+async def test_what_the_mesh_lost_between_put_and_acceptance_is_put_again(mesh: Mesh, leader: FakeLeader, tmp_path: Path) -> None:
+    def lose_it_once(submit: Submit) -> None:
+        if len(leader.submissions) == 1:
+            leader.store = MemoryStore()  # as if another leader had taken over, or its disk had gone bad
+            leader.emit(submit.run, "rejected", {"error": "1 contents are not held", "absent": True})
+        else:
+            leader.emit(submit.run, "accepted", {"name": "large", "operators": 1})
+
+    leader.on_submit = lose_it_once
+    run = await mesh.submit(_large(tmp_path))
+    first, second = leader.submissions
+    assert (run.id, second.manifest) == (second.run, first.manifest)
+    assert leader.store.has(second.manifest)
+
+
+async def test_what_the_mesh_loses_every_time_is_given_up(mesh: Mesh, leader: FakeLeader, tmp_path: Path) -> None:
+    leader.on_submit = lambda submit: leader.emit(submit.run, "rejected", {"error": "1 contents are not held", "absent": True})
+    with pytest.raises(UsageError, match="not held"):
+        await mesh.submit(_large(tmp_path))
+    assert len(leader.submissions) == 3
+
+
 async def test_a_large_workflow_is_put_first_and_only_what_the_mesh_lacks_is_sent(
     mesh: Mesh, leader: FakeLeader, tmp_path: Path
 ) -> None:

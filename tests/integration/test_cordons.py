@@ -20,7 +20,7 @@ from flowmesh_mesh.client import connect
 from flowmesh_mesh.client.mesh import Mesh
 
 COMMAND = str(Path(sys.executable).with_name("flowmesh"))
-DEADLINE_S = 40.0
+DEADLINE_S = 90.0
 
 
 def workflow(operators: dict[str, Any]) -> dict[str, Any]:

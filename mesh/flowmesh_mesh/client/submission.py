@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import os
 import random
 from collections.abc import Mapping
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from flowmesh_mesh.client.mesh import Mesh
     from flowmesh_mesh.compiler import Compiled, Draft
     from flowmesh_mesh.sharding import Settled
+
+log = logging.getLogger("flowmesh.client")
+
+PUTS = 3
+"""How often contents are put before a submission is given up whose contents the mesh has lost again."""
 
 WISHES_MAX = 500
 """Most operators whose shards are asked for in one question."""
@@ -155,14 +161,31 @@ async def publish(bus: Bus, run: str, payload: bytes, deadline_s: float, first: 
                 raise
 
 
+class InputsAbsentError(UsageError):
+    """The mesh does not hold what was put before the submission, or no longer."""
+
+
 async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: float) -> Run:
-    """Send a compiled workflow and return its run once the mesh has accepted it; raise UsageError when it is refused."""
-    bus = mesh.bus
-    is_named = run is not None
-    run = new_run_id() if run is None else check_name(run, "run")
-    prepared = await settle(bus, prepared)
-    compiled = prepared.compiled
-    blocks = inline_blocks(prepared.store, compiled.cid)
+    """Send a compiled workflow and return its run once the mesh has accepted it; raise UsageError when it is refused.
+
+    What was put is put again when whoever took it is gone before the run was accepted.
+    """
+    if run is not None:
+        check_name(run, "run")
+    prepared = await settle(mesh.bus, prepared)
+    blocks = inline_blocks(prepared.store, prepared.compiled.cid)
+    for _ in range(PUTS - 1 if blocks is None and run is None else 0):
+        try:
+            return await _submit_once(mesh, prepared, blocks, None, deadline_s)
+        except InputsAbsentError as error:
+            log.info("%s; putting everything again", error.message)
+    return await _submit_once(mesh, prepared, blocks, run, deadline_s)
+
+
+async def _submit_once(
+    mesh: Mesh, prepared: Prepared, blocks: tuple[bytes, ...] | None, named: str | None, deadline_s: float
+) -> Run:
+    bus, compiled, run = mesh.bus, prepared.compiled, named or new_run_id()
     if blocks is None:
         await put(bus, prepared.store, compiled.cid)
     handle = Run(mesh, run)
@@ -180,7 +203,7 @@ async def submit(mesh: Mesh, prepared: Prepared, run: str | None, deadline_s: fl
         mesh.forget(handle)
     else:
         await mesh.remember(run, payload, prepared.store if blocks is None else None)
-    if is_named:
+    if named:
         await _check_same(handle, prepared)
     return handle
 
@@ -212,7 +235,8 @@ def rejection(run: str, body: Mapping[str, Any]) -> UsageError:
         for problem in body.get("problems") or ()
     ]
     text = body.get("error") or body.get("detail") or "the mesh refused the workflow"
-    return UsageError(f"run {run} was rejected: {text}" + "".join(f"\n  {problem}" for problem in problems))
+    kind = InputsAbsentError if body.get("absent") else UsageError
+    return kind(f"run {run} was rejected: {text}" + "".join(f"\n  {problem}" for problem in problems))
 
 
 async def _check_same(handle: Run, prepared: Prepared) -> None:

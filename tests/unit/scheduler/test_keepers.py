@@ -260,10 +260,10 @@ async def test_a_manifest_that_comes_late_lets_its_run_begin(quick: list[Stage])
 
 async def test_a_large_submission_waits_for_a_second_holder_only_where_there_may_be_one(quick: list[Stage]) -> None:
     alone = begun(Stage("n1"), quick)
-    await alone.keepers.copied(("ta", "r"), [ROOT])
+    assert await alone.keepers.copied(("ta", "r"), [ROOT])
     assert alone.bus.guarded == {}
     replicated = begun(Stage("n1", replicas=3), quick)
-    await replicated.keepers.copied(("ta", "r"), [ROOT])
+    assert await replicated.keepers.copied(("ta", "r"), [ROOT])
     assert replicated.bus.guarded == {"n1": [""]}
     assert replicated.keepers.warnings() == []
 
@@ -272,6 +272,6 @@ async def test_a_mesh_that_lost_its_other_holders_goes_on_and_says_so(quick: lis
     stage = Stage("n1", replicas=3)
     stage.bus.failing = {"n1"}
     begun(stage, quick)
-    await stage.keepers.copied(("ta", "r"), [ROOT])
+    assert not await stage.keepers.copied(("ta", "r"), [ROOT])
     stage.accept("r")
     assert any("one holder" in each for each in stage.keepers.warnings())
