@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench sim sim-faults versions scale takeover chaos drills docs clean
+.PHONY: help setup demo test lint types bench sim sim-faults versions scale takeover recovery resume chaos drills docs clean
 
 python := .venv/bin/python
 # Two workers fit the two cores that the suite is timed on; every file's tests stay on one worker.
@@ -46,12 +46,19 @@ scale: setup ## 1,500 simulated nodes on one broker; lines in out/scale.jsonl, a
 takeover: setup ## A scheduler takes over 100,000 outstanding operators; lines in out/takeover.jsonl
 	@$(python) -m bench.takeover $(args)
 
-# One seed alone with SEED=n, for MINUTES; else SEEDS of them share MINUTES, after the drills.
+recovery: setup ## What killed nodes and an absent broker cost, beside the raw loop; lines in out/recovery.jsonl
+	@$(python) -m bench.recovery $(args)
+
+resume: setup ## What a killed node costs a training; lines in out/resume.jsonl
+	@$(python) -m bench.resume $(args)
+
+# One seed alone with SEED=n, for MINUTES; else SEEDS of them share MINUTES, AT_ONCE side by side, after the drills.
 SEED ?=
 SEEDS ?= 20
 MINUTES ?= 60
+AT_ONCE ?= 1
 chaos: setup ## Real processes killed, paused, cut off, filled up; drills first; lines in out/chaos.jsonl, docs/fault-report.md
-	@$(python) -m chaos --minutes $(MINUTES) $(if $(SEED),--seeds 1 --seed $(SEED),--seeds $(SEEDS)) $(args)
+	@$(python) -m chaos --minutes $(MINUTES) --at-once $(AT_ONCE) $(if $(SEED),--seeds 1 --seed $(SEED),--seeds $(SEEDS)) $(args)
 
 drills: setup ## The fail-over drills alone, timed: leaders, nodes, brokers, a wiped store
 	@$(python) -m chaos.drills $(args)

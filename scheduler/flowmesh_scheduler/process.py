@@ -17,12 +17,12 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
+from flowmesh_cas.errors import FlowmeshError, NotFoundError, TransientError, UsageError
 from flowmesh_cas.pack_store import PackStore
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects
 from flowmesh_mesh.bus import Bus, Delivery
-from flowmesh_mesh.clock import now_us
+from flowmesh_mesh.clock import monotonic_s, now_us
 from flowmesh_mesh.credentials import Credentials
 from flowmesh_mesh.transfer import serve_blocks
 from flowmesh_mesh.wire import OutdatedError
@@ -36,6 +36,12 @@ from flowmesh_scheduler.takeover import make_streams
 log = logging.getLogger("flowmesh.scheduler")
 
 REFUSED_PAUSE_S = 1.0
+
+CONNECT_S = 60.0
+"""How long a scheduler that starts looks for a broker."""
+
+TRY_S = 5.0
+"""How long one attempt may take."""
 
 GC_THRESHOLDS = (100_000, 20, 20)
 """Runs of many operators are many long-lived objects: look at them seldom."""
@@ -86,12 +92,21 @@ class SchedulerProcess:
             while not self.stopping.is_set():
                 await self._turn(bus, store, self.watch)
 
-    async def _connect(self, suffix: str, on_reconnect: Callable[[], None] | None = None) -> Bus:
-        credentials = Credentials.load(self.folder / self.config.credentials)
-        inbox = subjects.inbox_prefix("scheduler")
-        return await Bus.connect(
-            self.config.urls, credentials, name=f"{self.name}{suffix}", inbox=inbox, on_reconnect=on_reconnect
-        )
+    async def _connect(self, suffix: str, on_reconnect: Callable[[], None] | None = None, *, is_watcher: bool = False) -> Bus:
+        """Connect; raise TransientError when no broker answers for CONNECT_S: one may be starting, or out of reach for now."""
+        credentials = Credentials.load(self.folder / (self.config.watcher if is_watcher else self.config.credentials))
+        inbox = subjects.inbox_prefix("watcher" if is_watcher else "scheduler")
+        name, until_s = self.name + suffix, monotonic_s() + CONNECT_S
+        while True:
+            try:
+                return await Bus.connect(
+                    self.config.urls, credentials, name=name, inbox=inbox, deadline_s=TRY_S, on_reconnect=on_reconnect
+                )
+            except TransientError as error:
+                if self.stopping.is_set() or monotonic_s() > until_s:
+                    raise
+                log.info("%s; trying again", error.message)
+                await asyncio.sleep(random.uniform(0.1, 0.5))
 
     def _on_reconnect(self) -> None:
         if self.watch is not None:
@@ -103,9 +118,7 @@ class SchedulerProcess:
         """Listen to the broker's own connection events, if there are credentials for it."""
         if not self.config.watcher:
             return None
-        credentials = Credentials.load(self.folder / self.config.watcher)
-        inbox = subjects.inbox_prefix("watcher")
-        bus = await Bus.connect(self.config.urls, credentials, name=f"{self.name}-watcher", inbox=inbox)
+        bus = await self._connect("-watcher", is_watcher=True)
         await bus.subscribe("$SYS.ACCOUNT.*.DISCONNECT", self._on_disconnect)
         return bus
 
