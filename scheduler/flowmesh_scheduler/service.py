@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
@@ -83,7 +82,7 @@ class Leader:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.feeds = Feeds(bus.post, now_us)
         self.resolver = Resolver(bus, lambda: [n.name for n in self.state.nodes.values() if n.is_usable])
-        self.highest = highest if highest is not None else Highest(Path(os.devnull))
+        self.highest = highest if highest is not None else Highest()
         self.presence = presence if presence is not None else Presence(name, "")
         self.report = Report(why=vacancy.why, previous=vacancy.previous) if vacancy is not None else Report()
         self._last_sign_s = vacancy.last_sign_s if vacancy is not None else 0.0

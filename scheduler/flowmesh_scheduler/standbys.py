@@ -260,12 +260,12 @@ def memory_bytes() -> int:
 
 @dataclass(slots=True)
 class Highest:
-    """The highest epoch and sequence of an epoch record that this scheduler has seen, kept on disk.
+    """The highest epoch and sequence of an epoch record that this scheduler has seen, kept on disk where there is a ``path``.
 
     Both only grow, also where the broker's store was wiped or a clock was put back.
     """
 
-    path: Path
+    path: Path | None = None
     epoch: int = 0
     sequence: int = 0
     _claims: dict[str, float] = field(default_factory=dict)
@@ -289,13 +289,18 @@ class Highest:
         return before != (self.epoch, self.sequence)
 
     def write(self) -> None:
-        """Keep it; durable on return."""
+        """Keep it, durable on return; a full disk costs the memory of it, no leadership."""
+        if self.path is None:
+            return
         beside = self.path.with_suffix(".new")
-        with beside.open("w") as file:
-            file.write(f"{self.epoch} {self.sequence}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        try:
+            with beside.open("w") as file:
+                file.write(f"{self.epoch} {self.sequence}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            log.warning("the highest epoch is not kept in %s: %s", self.path, error)
 
     def accepts(self, node: str, epoch: int) -> bool:
         """Tell whether to believe a node that has seen a higher epoch: once a minute each, and nothing from the far future."""
