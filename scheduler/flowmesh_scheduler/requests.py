@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowmesh_cas import dag
-from flowmesh_cas.errors import FlowmeshError, UsageError
+from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_mesh import messages, streams, subjects
 from flowmesh_mesh.bus import Delivery, Pull, StoredMessage, Subscription
-from flowmesh_mesh.messages import Answer, Cancel, Ready, decode, encode, is_json
+from flowmesh_mesh.clock import monotonic_s
+from flowmesh_mesh.messages import Answer, Cancel, Ready, Submit, decode, encode, is_json
 from flowmesh_scheduler import asks, intake
 from flowmesh_scheduler.core import events as e
 from flowmesh_scheduler.guarded import patiently
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowmesh.scheduler")
 
 ACCEPTANCE_INLINE_MAX_BYTES = 64 * 1024
+COPY_WAIT_S = 3.0
+"""How long a refusal waits for the copy of its submission to be read from the stream."""
+
+COPY_LOOK_S = 0.05
 VERIFIED_BYTES = 64 * 1024 * 1024
 """How much of each content is read through before a run that needs it is accepted."""
 
@@ -44,6 +50,7 @@ class Requests:
         self._cancelling: dict[tuple[str, str], asyncio.Future[bool]] = {}
         self._recording: set[tuple[str, str]] = set()
         self._unsettled: set[int] = set()
+        self._copies: dict[asyncio.Future[bool], int] = {}
         self._read = 0
         self._removed = 0
         self.answering = 0
@@ -90,7 +97,9 @@ class Requests:
         future = self._take(message.subject, message.data, is_copy=True)
         if future is not None:
             self._unsettled.add(message.seq)
+            self._copies[future] = message.seq
             future.add_done_callback(lambda done: None if done.cancelled() else self._unsettled.discard(message.seq))
+            future.add_done_callback(self._copies.pop)
 
     def _on_ready(self, delivery: Delivery) -> None:
         message = read(delivery.subject, delivery.data, Ready)
@@ -139,8 +148,10 @@ class Requests:
                     self._submit(submission, models, [block for _, block in submission.blocks])
                     return
             self._leader.spawn(self._take_in_slowly(pair, encoding, data))
+        except intake.InputsAbsentError:
+            self._leader.spawn(self._take_in_slowly(pair, encoding, data))  # somebody else may have it
         except FlowmeshError as error:
-            self._reject(pair, encoding, error)
+            self._leader.spawn(self._refuse(pair, encoding, error))
 
     def _pin_now(self, submission: Submission) -> dict[str, str] | None:
         assert submission.manifest is not None
@@ -157,7 +168,9 @@ class Requests:
             if encoding == "json":
                 submission = await asyncio.to_thread(intake.compile_submission, tenant, run, data)
             else:
-                submission = await asyncio.to_thread(intake.open_submission, tenant, data, self._leader.hub)
+                submission = await self._open(tenant, data)
+            if absent := await asyncio.to_thread(self._absent, submission):
+                await self._leader.keepers.returning.fetch_lost(absent)
             await self._check_present(submission)
             assert submission.manifest is not None
             models = await self._leader.resolver.resolve(intake.references(submission.manifest))
@@ -172,7 +185,15 @@ class Requests:
                     await self._check_present(submission)  # that nobody could fetch them may be because ours have gone bad
             self._submit(submission, models, inline)
         except FlowmeshError as error:
-            self._reject(pair, encoding, error)
+            await self._refuse(pair, encoding, error)
+
+    async def _open(self, tenant: str, data: bytes) -> Submission:
+        """Read a submission; what was put to an earlier leader is brought from where that stands by."""
+        try:
+            return await asyncio.to_thread(intake.open_submission, tenant, data, self._leader.hub)
+        except intake.InputsAbsentError:
+            await self._leader.keepers.returning.fetch_lost([decode(data, Submit).manifest])
+            return await asyncio.to_thread(intake.open_submission, tenant, data, self._leader.hub)
 
     async def _check_present(self, submission: Submission) -> None:
         """Raise InputsAbsentError unless everything that did not come along is here, and sound as far as a look may cost."""
@@ -202,6 +223,24 @@ class Requests:
         sizes = {digest: known[digest] for digest in models.values() if digest in known}
         event = e.Submitted(*pair, submission.manifest, submission.manifest_cid, models, submission.encoding, share, sizes)
         self._leader.apply(event)
+
+    async def _refuse(self, pair: tuple[str, str], encoding: str, error: FlowmeshError) -> None:
+        """Reject a submission once no other leader can still accept it: its copy is gone, and we have led until then."""
+        leader, future = self._leader, self._accepting.get(pair)
+        until_s = monotonic_s() + COPY_WAIT_S
+        while future is not None and future not in self._copies and monotonic_s() < until_s:  # noqa: ASYNC110
+            await asyncio.sleep(COPY_LOOK_S)
+        seq = self._copies.get(future, 0) if future is not None else 0
+        while True:
+            try:
+                if seq:
+                    await leader.bus.delete_message(subjects.SUBMIT, seq)
+                if not await leader.ledger.is_current():
+                    return
+                break
+            except TransientError:
+                await asyncio.sleep(random.uniform(0.2, 0.5))
+        self._reject(pair, encoding, error)
 
     def _reject(self, pair: tuple[str, str], encoding: str, error: FlowmeshError) -> None:
         log.info("rejected run %s: %s", pair[1], error.message)
