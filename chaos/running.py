@@ -47,7 +47,7 @@ def outcomes_of(seeds: list[int], window_s: float, home: Path, shape: Shape, at_
         for seed in seeds:
             yield _one(seed, window_s, home / f"seed-{seed}", shape)
         return
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(_one, seed, window_s, home / f"seed-{seed}", shape) for seed in seeds]
         try:
             for done in as_completed(running):

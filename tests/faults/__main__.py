@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 
 import msgspec
 from tests.faults.seeds import OUT, line_of, run_one, write_history
@@ -16,7 +17,8 @@ from tests.faults.simulation import Report, simulate
 
 SEEDS_OF_TESTS = 25
 SEEDS_OF_A_PROCESS = 50
-"""A process that has run so many makes way for a fresh one: what dead processes had open is freed with it."""
+"""Processes that have run about so many make way for fresh ones: what the dead of a simulation had open is freed with them. (The
+pool's own limit of tasks makes it hang in some releases of Python.)"""
 
 
 def main() -> None:
@@ -31,8 +33,13 @@ def main() -> None:
         sys.exit(bool(report.problems))
     seeds = range(options.first, options.first + options.seeds)
     began_s = time.monotonic()
-    reports = _run_all(seeds, options.minutes, kinds, options.processes)
-    _write_figures(reports, time.monotonic() - began_s, options.minutes)
+    reports: list[Report] = []
+    block = SEEDS_OF_A_PROCESS * options.processes
+    for start in range(0, len(seeds), block):
+        reports += _run(seeds[start : start + block], options.minutes, kinds, options.processes)
+        _write_figures(reports, time.monotonic() - began_s, options.minutes)
+        if len(seeds) > block:
+            print(f"{len(reports)} of {len(seeds)} seeds", file=sys.stderr, flush=True)
     failed = [report for report in reports if report.problems]
     print(f"{len(reports)} seeds of {options.minutes:g} minutes, {len(failed)} broke a promise; see {OUT / 'sim-faults.jsonl'}")
     sys.exit(bool(failed))
@@ -50,9 +57,9 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run_all(seeds: range, minutes: float, kinds: tuple[str, ...] | None, processes: int) -> list[Report]:
+def _run(seeds: range, minutes: float, kinds: tuple[str, ...] | None, processes: int) -> list[Report]:
     found: list[Report] = []
-    with ProcessPoolExecutor(processes, max_tasks_per_child=SEEDS_OF_A_PROCESS) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(run_one, seed, minutes, kinds) for seed in seeds]):
             report = done.result()
             found.append(report)
