@@ -54,6 +54,20 @@ class JumpingClock(SystemClock):
         return super().now_us() + self._offset_us
 
 
+class SteadyClock:
+    """The wall clock as it was when this began, and running evenly since: what is done to the wall clock does not reach it.
+
+    For whoever tells from differences of times that something has been silent for too long.
+    """
+
+    def __init__(self) -> None:
+        self._offset_us = now_us() - monotonic_ns() // 1000
+
+    def now_us(self) -> int:
+        """Return microseconds since 1970, as far as the wall clock was right at the beginning."""
+        return monotonic_ns() // 1000 + self._offset_us
+
+
 def _first_clock() -> Clock:
     path = os.environ.get(OFFSET_FILE)
     return JumpingClock(Path(path)) if path else SystemClock()

@@ -12,7 +12,6 @@ from flowmesh_cas.cid import cid_parse, cid_text
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_mesh import __version__, subjects
 from flowmesh_mesh.bus import Delivery
-from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, RunEnd, decode_record
 from flowmesh_mesh.messages import Answer, Ask, Blocks, Get, Put, decode, encode, is_json
 from flowmesh_mesh.wire import check_peer
@@ -99,7 +98,7 @@ def _tenants(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str
 
 
 def _nodes(leader: Leader, tenant: str, args: dict[str, Any]) -> list[dict[str, Any]]:
-    now = now_us()
+    now = leader.now_us()
     models = {digest: name for run in leader.state.runs.values() for name, digest in run.acceptance.models.items()}
     rows = {name: _node(node, models, now) for name, node in leader.state.nodes.items()}
     for refusal in leader.reports.refusals.rows.values():

@@ -11,7 +11,6 @@ import msgspec
 from flowmesh_cas.cid import DAG_CBOR, cid_of, cid_parse, cid_text
 from flowmesh_cas.errors import FlowmeshError, NotFoundError, UsageError
 from flowmesh_mesh import subjects
-from flowmesh_mesh.clock import now_us
 from flowmesh_mesh.manifest import Acceptance, Manifest, ResultRecord, decode_record
 from flowmesh_scheduler import intake
 from flowmesh_scheduler.core import forecast
@@ -62,7 +61,7 @@ async def why(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, An
         if vertex.work.state is WorkState.COMMITTING:
             found["text"] += "; it has run, its result is being written into the ledger"
     else:
-        wait = why_waiting(leader.state, vertex, now_us())
+        wait = why_waiting(leader.state, vertex, leader.now_us())
         found["waiting"], found["text"] = wait.plain(), wait.text
     return found
 
@@ -165,7 +164,7 @@ async def plan(leader: Leader, tenant: str, args: dict[str, Any]) -> dict[str, A
     """Return what a workflow would take: a compiled manifest (inline, or put before), or a document as JSON clients write it."""
     manifest_cid, manifest = await _manifest(leader, tenant, args)
     models, unknown = await known_models(leader, intake.references(manifest))
-    share, at_us = leader.config.share, now_us()
+    share, at_us = leader.config.share, leader.now_us()
     acceptance = Acceptance(tenant, "", manifest_cid, at_us, models=models, share=share)
     sizes = leader.resolver.sizes
     costs = leader.state.costs.beside({digest: sizes[digest] for digest in models.values() if digest in sizes})

@@ -14,7 +14,7 @@ from flowmesh_cas.errors import FlowmeshError, TransientError, UsageError
 from flowmesh_cas.store import BlockStore
 from flowmesh_mesh import subjects, tasks
 from flowmesh_mesh.bus import Bus, Pull, Subscription
-from flowmesh_mesh.clock import monotonic_s, now_us
+from flowmesh_mesh.clock import SteadyClock, monotonic_s, now_us
 from flowmesh_mesh.messages import WIRE_VERSION, Epoch, encode
 from flowmesh_scheduler.assignments import AssignmentQueue
 from flowmesh_scheduler.audit import Audit
@@ -78,7 +78,9 @@ class Leader:
         self.tenant_names = {key: tenant for tenant, key in config.tenants.items()}
         for key in config.tenants.values():
             self.state.tenant_secrets[key] = secret
-        self.since_us = now_us()
+        self.now_us = SteadyClock().now_us
+        """The time of the core: a wall clock that jumps must not make nodes seem silent."""
+        self.since_us = self.now_us()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.feeds = Feeds(bus.post, now_us)
         self.resolver = Resolver(bus, lambda: [n.name for n in self.state.nodes.values() if n.is_usable])
@@ -378,7 +380,7 @@ class Leader:
             return
         if not (self.is_cut_off or self.lease.is_held):
             self._cut_off("the lease ran out")  # this process stood still: nothing may happen before the lease is sure
-        at_us, commands = now_us(), list[c.Command]()
+        at_us, commands = self.now_us(), list[c.Command]()
         try:
             try:
                 commands = step(self.state, event, at_us)
@@ -402,7 +404,7 @@ class Leader:
         due_us = min(self.state.fleet.recheck_us.values(), default=0)
         if not due_us or due_us == self._woken_at_us:
             return
-        left_s = (due_us - now_us()) / 1e6
+        left_s = (due_us - self.now_us()) / 1e6
         if left_s < TICK_S:
             self._woken_at_us = due_us
             asyncio.get_running_loop().call_later(max(0.0, left_s), self.apply, e.Tick())

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 from tests.faults.checkers import is_settled
 from tests.faults.loop import BEGIN_S
+from tests.faults.simulation import simulate
 from tests.faults.workload import Order, prepare, write_source
 from tests.faults.world import World, simulated, watched
 
@@ -60,3 +61,9 @@ def test_a_leader_that_may_be_deposed_answers_nothing(is_cut_off: bool, is_held:
     for heard in (requests._on_ask, requests._on_put):
         heard(cast("Delivery", SimpleNamespace(subject="fm.ask.T", data=b"")))
     assert len(spawned) == 2 * answers
+
+
+def test_a_wall_clock_that_jumps_under_a_leader_makes_no_node_seem_silent() -> None:
+    report = simulate(95, 10.0)
+    assert report.faults["clock-jump"] > 0
+    assert report.problems == []
