@@ -141,11 +141,21 @@ def p4_p5_no_work_is_repeated(facts: Facts) -> list[str]:
     for key, executions in by_key.items():
         for position, execution in enumerate(executions[1:], 1):
             for before in executions[:position]:
-                if not _is_excused(before, execution, facts):
+                if not _is_excused(before, execution, facts) and not _was_second(before, executions, facts):
                     first = f"on {before.node} from {before.began_s:.3f} ({before.how} at {before.ended_s:.3f})"
                     second = f"on {execution.node} at {execution.began_s:.3f}"
                     found.append(f"P4/P5: {key[:12]} ({before.type}) ran {first} and again {second}: nothing failed there")
     return found
+
+
+def _was_second(before: Execution, executions: list[Execution], facts: Facts) -> bool:
+    """Tell whether this was begun beside an earlier attempt whose node had a fault, and stopped as that one came back."""
+    firsts = [each for each in executions if each.node != before.node and each.began_s <= before.began_s]
+    return before.how == "cancelled" and any(
+        fault.who == first.node and fault.at_s <= before.began_s <= fault.until_s + LEASE_S
+        for first in firsts
+        for fault in facts.faults
+    )
 
 
 def _is_excused(before: Execution, again: Execution, facts: Facts) -> bool:
